@@ -1,0 +1,151 @@
+"""What is deployed, on what, and what is expected of it: frozen data, resolved once, printed, saved with results."""
+
+import re
+from typing import Literal
+
+import msgspec
+
+from disagg.errors import BudgetError, InputError
+
+Role = Literal["both", "prefill", "decode"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """The devices every arm shares. `cpu:2` is two cores; `cuda:0,1` is those two GPUs."""
+
+    kind: Literal["cpu", "cuda"]
+    devices: tuple[int, ...]  # cpu: core numbers as the process may use them; cuda: device indices
+
+    @classmethod
+    def parse(cls, text: str, cores: tuple[int, ...]) -> "Budget":
+        """`text` as on the command line; `cores` are the CPU cores this process may run on. Raises BudgetError."""
+        if match := re.fullmatch(r"cpu:(\d+)", text):
+            wanted = int(match[1])
+            if not 1 <= wanted <= len(cores):
+                raise BudgetError(
+                    f"Budget {text!r} asks for {wanted} core(s) and this machine lends {len(cores)}: "
+                    f"use cpu:1 to cpu:{len(cores)}."
+                )
+            return cls("cpu", tuple(cores[:wanted]))
+        if match := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", text):
+            devices = tuple(int(part) for part in match[1].split(","))
+            if len(set(devices)) != len(devices):
+                raise BudgetError(f"Budget {text!r} names a GPU twice: name each once.")
+            return cls("cuda", devices)
+        raise BudgetError(f"Budget {text!r} is not understood: write cpu:N (cores) or cuda:I,J (GPU numbers).")
+
+    def __str__(self) -> str:
+        if self.kind == "cpu":
+            return f"cpu:{len(self.devices)}"
+        return "cuda:" + ",".join(map(str, self.devices))
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """One worker process: its name, its role at start and its share of the budget."""
+
+    name: str
+    role: Role
+    devices: tuple[int, ...]  # cpu: the cores it is pinned to, one thread each; cuda: one GPU
+    shares: int = 1  # how many workers run on these same devices, itself included
+
+
+class Deployment(msgspec.Struct, frozen=True):
+    """Workers placed on a budget. `2C`: two colocated; `3P1D`: three prefill, one decode."""
+
+    name: str
+    budget: Budget
+    workers: tuple[WorkerSpec, ...]
+
+    @classmethod
+    def parse(cls, text: str, budget: Budget) -> "Deployment":
+        """`text` in the field's notation. Raises BudgetError when it is not understood or cannot be placed."""
+        match = re.fullmatch(r"(?:(\d+)C|(\d+)P(\d+)D)", text)
+        if not match or "0" in match.groups():
+            raise BudgetError(
+                f"Deployment {text!r} is not understood: write 2C (two colocated workers) or 1P1D "
+                "(one prefill, one decode), with counts from 1."
+            )
+        counts: tuple[tuple[Role, str], ...] = (("both", match[1]), ("prefill", match[2]), ("decode", match[3]))
+        roles = [role for role, count in counts for _ in range(int(count or 0))]
+        shares = _place(len(roles), budget)
+        letters = {"both": "C", "prefill": "P", "decode": "D"}
+        seen: dict[str, int] = {}
+        workers = []
+        for role, (devices, sharing) in zip(roles, shares, strict=True):
+            seen[role] = seen.get(role, 0) + 1
+            workers.append(WorkerSpec(f"{letters[role]}{seen[role] - 1}", role, devices, sharing))
+        return cls(text, budget, tuple(workers))
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether any request is handed over."""
+        return any(worker.role == "prefill" for worker in self.workers)
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether workers share a core or a GPU, which the output must say."""
+        return any(worker.shares > 1 for worker in self.workers)
+
+
+def _place(num_workers: int, budget: Budget) -> list[tuple[tuple[int, ...], int]]:
+    """Each worker's devices and how many share them. Devices are dealt evenly; more workers than devices share."""
+    devices = budget.devices
+    if num_workers >= len(devices):
+        homes = [index % len(devices) for index in range(num_workers)]
+        return [((devices[home],), homes.count(home)) for home in homes]
+    if budget.kind == "cuda":
+        raise BudgetError(
+            f"{num_workers} worker(s) would leave GPUs of {budget} idle, and a worker uses one GPU: "
+            "use as many workers as GPUs, or a smaller budget."
+        )
+    per_worker, extra = divmod(len(devices), num_workers)
+    if extra:
+        raise BudgetError(
+            f"{len(devices)} cores cannot be split evenly over {num_workers} workers: "
+            "use a multiple, so that no worker is favoured."
+        )
+    return [(devices[i * per_worker : (i + 1) * per_worker], 1) for i in range(num_workers)]
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How every worker of every arm runs. One instance for all arms: that is what makes them comparable."""
+
+    model: str = "seed"
+    random_weights: bool = False
+    dtype: Dtype = "float32"
+    max_len: int | None = None  # context limit in tokens; None: the model's own
+    page_size: int = 16
+    kv_bytes: int = 1 << 30  # KV memory of the whole deployment, split evenly over its workers
+    max_batch_tokens: int = 512  # positions a step may compute: the chunk size
+    max_running: int = 64
+    chunked_prefill: bool = True
+    prefix_caching: bool = False
+    checksum: bool = False  # verify every page in flight
+    weights_seed: int = 42  # of random weights
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise InputError(f"page_size must be a power of two, not {self.page_size}.")
+        if self.max_batch_tokens < 1 or self.max_running < 1:
+            raise InputError("max_batch_tokens and max_running must be at least 1.")
+
+
+class SLO(msgspec.Struct, frozen=True):
+    """What a request must meet to count as good. None: not asked for. Seconds."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "SLO":
+        """`ttft=200ms,tpot=50ms`; a bare number is seconds. Raises InputError."""
+        units = {"ms": 1e-3, "s": 1.0, "": 1.0}
+        limits: dict[str, float] = {}
+        for part in filter(None, text.split(",")):
+            match = re.fullmatch(r"\s*(ttft|tpot|e2e)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s|)\s*", part)
+            if not match:
+                raise InputError(f"SLO part {part!r} is not understood: write for example ttft=200ms,tpot=0.05.")
+            limits[f"{match[1]}_s"] = float(match[2]) * units[match[3]]
+        return cls(**limits)
