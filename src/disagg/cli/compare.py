@@ -1,0 +1,229 @@
+"""`disagg compare`: the options, the results folder and the progress bar around `measure.compare`."""
+
+import datetime
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from disagg.clock import WallClock
+from disagg.config import SLO, EngineSpec
+from disagg.errors import InputError
+from disagg.measure import run as runs
+from disagg.measure.compare import compare as measure
+from disagg.measure.compare import make_arms
+from disagg.measure.tables import show
+from disagg.workload.lengths import Lengths
+from disagg.workload.workload import Shape
+
+GIB = 1 << 30
+_ENGINE, _SETTINGS, _SHAPE = EngineSpec(), runs.Settings(), Shape()
+QUICK: dict[str, Any] = {"repeats": 3, "loads": (0.6, 0.9), "tune": False, "time_budget_s": 38.0}
+
+_Command = Callable[..., None]
+
+
+def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    """Several options as one decorator, shown in this order."""
+
+    def apply(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+engine_options = _options(
+    click.option("--model", default=_ENGINE.model, show_default=True, help="seed, smollm2, a folder, GGUF or hub id."),
+    click.option("--random-weights", is_flag=True, help="Draw the weights instead of reading them."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        default=_ENGINE.dtype,
+        show_default=True,
+        help="Of weights and KV cache.",
+    ),
+    click.option("--max-len", type=int, help="Context limit in tokens (default: the model's own)."),
+    click.option("--page-size", type=int, default=_ENGINE.page_size, show_default=True, help="Tokens in a KV page."),
+    click.option(
+        "--kv-memory",
+        type=float,
+        default=_ENGINE.kv_bytes / GIB,
+        show_default=True,
+        help="KV cache of an arm in GiB, split over its workers.",
+    ),
+    click.option(
+        "--max-batch-tokens",
+        type=int,
+        default=_ENGINE.max_batch_tokens,
+        show_default=True,
+        help="Tokens a step may compute: the chunk size. The colocated arm's is searched from here down.",
+    ),
+)
+
+workload_options = _options(
+    click.option(
+        "--requests", type=int, default=_SETTINGS.requests, show_default=True, help="Of the one-at-a-time part."
+    ),
+    click.option(
+        "--prompt-len", default=str(_SHAPE.prompt), show_default=True, help="512, 10:99 or lognormal:MEAN:CV."
+    ),
+    click.option("--output-len", default=str(_SHAPE.output), show_default=True, help="Likewise; enforced."),
+    click.option("--arrivals", default=_SETTINGS.arrivals, show_default=True, help="poisson, constant or gamma:CV."),
+    click.option(
+        "--trace",
+        type=click.Path(exists=True, dir_okay=False),
+        default=None,
+        help="Replay an Azure CSV or Mooncake JSONL trace instead.",
+    ),
+    click.option("--trace-limit", type=int, help="Use the trace's first rows only."),
+    click.option("--length-scale", type=float, help="Factor on the trace's lengths (default: what fits the context)."),
+    click.option("--seed", type=int, default=_SETTINGS.seed, show_default=True, help="Of prompts, arrivals and order."),
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  disagg compare                                     the whole comparison, under five minutes
+  disagg compare --quick                             a first look, under one
+  disagg compare --arms 1C,2C,1P1D                   against the better of two colocated arms
+  disagg compare --prompt-len 512 --output-len 64 --slo ttft=500ms,tpot=50ms
+  disagg compare --model smollm2 --trace AzureLLMInferenceTrace_conv.csv --length-scale 0.1
+  disagg compare --rate 4 --rate 8 --json > summary.json
+"""
+)
+@click.option(
+    "--arms", default=",".join(_SETTINGS.arms), show_default=True, help="2C: two colocated; 3P1D: 3 + 1 apart."
+)
+@click.option(
+    "--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N or cuda:I,J."
+)
+@click.option(
+    "--repeats", type=int, help=f"Paired repeats (default: {_SETTINGS.repeats}; {QUICK['repeats']} if quick)."
+)
+@click.option("--rate", "rates", type=float, multiple=True, help="Requests/s; repeatable (default: from the capacity).")
+@click.option("--duration", type=float, help="Seconds of arrivals per block (default: what five minutes allow).")
+@click.option("--slo", help="Limits of a good request, as in ttft=200ms,tpot=50ms (default: from unloaded latency).")
+@click.option("--no-tune", is_flag=True, help="Do not search the colocated arm's chunk size.")
+@click.option("--quick", is_flag=True, help="Fewer rates, repeats and no search: within a minute.")
+@click.option("--allow-unequal", is_flag=True, help="Compare arms that differ in more than their roles.")
+@workload_options
+@engine_options
+@click.option("--out", type=click.Path(path_type=Path), help="Results folder (default: results/TIME-MODEL).")
+@click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Of report and figures.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, and nothing else, on stdout.")
+def compare(out: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure colocated against disaggregated serving on one budget: same requests, same devices, paired repeats.
+
+    Writes records.jsonl, summary.json, report.html and figures into a folder and ends with a verdict. An arm may name
+    a budget of its own, as in 1C@cpu:1, which --allow-unequal has to permit.
+    """
+    from disagg.cluster.cluster import Cluster  # pulls in torch: not for --help
+
+    settings = _settings(options)
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    arms = make_arms(settings, cores)
+    run = runs.Run(
+        command=shlex.join(["disagg", *sys.argv[1:]]),
+        settings=settings,
+        arms=arms,
+        environment=runs.environment(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    folder = _make_folder(out, settings.engine.model)
+    console = Console(stderr=True)
+    with _Bar(console) as bar:
+        summary = measure(run, folder, Cluster, WallClock(), bar)
+        bar.stage("report")
+        from disagg.measure.report import build
+
+        build(folder, settings.lang)
+        bar.step()
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        show(summary, folder, Console(), settings.lang)
+
+
+def _settings(options: dict[str, Any]) -> runs.Settings:
+    """The options as Settings; what was not given keeps the default, or the quick one."""
+    engine = EngineSpec(
+        model=options["model"],
+        random_weights=options["random_weights"],
+        dtype=options["dtype"],
+        max_len=options["max_len"],
+        page_size=options["page_size"],
+        kv_bytes=round(options["kv_memory"] * GIB),
+        max_batch_tokens=options["max_batch_tokens"],
+    )
+    chosen: dict[str, Any] = dict(QUICK) if options["quick"] else {}
+    if options["repeats"] is not None:
+        chosen["repeats"] = options["repeats"]
+    if options["no_tune"]:
+        chosen["tune"] = False
+    return runs.Settings(
+        engine=engine,
+        arms=tuple(filter(None, (arm.strip() for arm in options["arms"].split(",")))),
+        budget=options["budget"],
+        shape=Shape(Lengths.parse(options["prompt_len"]), Lengths.parse(options["output_len"])),
+        arrivals=options["arrivals"],
+        trace=options["trace"] or "",
+        trace_limit=options["trace_limit"],
+        length_scale=options["length_scale"],
+        requests=options["requests"],
+        rates=tuple(options["rates"]),
+        duration_s=options["duration"],
+        slo=None if options["slo"] is None else SLO.parse(options["slo"]),
+        seed=options["seed"],
+        allow_unequal=options["allow_unequal"],
+        lang=options["lang"],
+        **chosen,
+    )
+
+
+def _make_folder(out: Path | None, model: str) -> Path:
+    """A new, empty folder. Raises InputError when it holds something: records of two runs must not mix."""
+    if out is None:
+        name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
+        out = Path("results") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not an empty folder: name another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error.strerror}): name another --out.") from error
+    return out
+
+
+class _Bar:
+    """Progress on stderr: one bar per stage."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console)
+        self._task: Any = None
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, text: str, total: int = 1) -> None:
+        """See measure.compare.Progress."""
+        self._task = self._progress.add_task(text, total=total)
+
+    def step(self) -> None:
+        """See measure.compare.Progress."""
+        self._progress.advance(self._task)

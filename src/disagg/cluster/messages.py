@@ -1,0 +1,222 @@
+"""Every message between processes: one frozen struct each, grouped by who sends it to whom.
+
+A worker is addressed as `name.epoch` ("D0.1"): a restarted worker has a new epoch, so a message meant for its
+predecessor cannot reach it, and one from its predecessor is told apart. Times are seconds on the host's monotonic
+clock. Encoded with msgspec (MessagePack), decoded into these types or refused: never pickle.
+"""
+
+from typing import Any
+
+import msgspec
+
+from disagg.engine.batch import TokenLogprobs
+from disagg.record import Facts
+from disagg.request import SamplingParams
+from disagg.transfer.layout import Layout
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Root of all messages."""
+
+
+# ---- front end -> worker
+
+
+class Submit(Message, frozen=True):
+    """Compute this request. `decode_on` names the worker that decodes it; None: the receiver does both phases.
+
+    `tokens` is the prompt and any output the client already has; `attempt` counts resubmissions from 0.
+    """
+
+    id: str
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    stop_ids: list[int]
+    order: float
+    attempt: int = 0
+    decode_on: str | None = None
+
+
+class Abort(Message, frozen=True):
+    """The client no longer wants this request; free everything it holds."""
+
+    id: str
+
+
+class Lost(Message, frozen=True):
+    """This worker is dead; nothing it promised will come and it reads nothing any more."""
+
+    worker: str
+
+
+class Audit(Message, frozen=True):
+    """Say where every page is; `serial` comes back in the answer."""
+
+    serial: int
+
+
+class Stop(Message, frozen=True):
+    """Leave the loop and exit with code 0."""
+
+
+# ---- worker -> front end
+
+
+class Hello(Message, frozen=True):
+    """I am ready. `address` is my transport's; `layout` is compared before pages travel."""
+
+    worker: str
+    address: str
+    layout: Layout
+    num_pages: int
+
+
+class StartFailed(Message, frozen=True):
+    """I could not start; `reason` is a sentence. `input_error`: the caller can mend it."""
+
+    worker: str
+    reason: str
+    input_error: bool
+
+
+class NewToken(msgspec.Struct, frozen=True, array_like=True):
+    """Output token number `index` (from 0) of a request. `facts` come with the first token of a hand-off."""
+
+    id: str
+    attempt: int
+    index: int
+    token: int
+    logprobs: TokenLogprobs | None = None
+    facts: Facts | None = None
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """A request is over on this worker. `reason` is a FinishReason; `num_output` tokens were sent for it in all."""
+
+    id: str
+    attempt: int
+    reason: str
+    num_output: int
+    facts: Facts
+    error: str = ""
+    retryable: bool = False
+
+
+class Holder(msgspec.Struct, frozen=True, array_like=True):
+    """One holder of pages: a request in the scheduler, or a hand-off given away ("prefill") or taken ("decode")."""
+
+    id: str
+    side: str  # "scheduler", "prefill" or "decode"
+    state: str
+    num_pages: int
+
+
+class AuditReport(Message, frozen=True):
+    """Where every page of a worker is. free + cached + held == total, and the holders' pages add up to held."""
+
+    worker: str
+    serial: int
+    total: int
+    free: int
+    cached: int
+    held: int
+    holders: list[Holder]
+
+
+class Progress(Message, frozen=True):
+    """What a step, or a hand-off that ended, produced."""
+
+    worker: str
+    tokens: list[NewToken]
+    ended: list[Ended]
+
+
+# ---- prefill worker -> decode worker. `handoff` is "request id/attempt": global, never reused
+
+
+class Offer(Message, frozen=True):
+    """A request is about to be prefilled here for you: reserve pages for its tokens; chunks follow.
+
+    The first lease runs from `sent_at`, on the clock all processes of a host share; later ones need no shared clock.
+    """
+
+    handoff: str
+    source: Hello
+    request: Submit
+    sent_at: float
+    lease_s: float
+
+
+class ChunkReady(Message, frozen=True):
+    """Pages of positions up to `num_computed` are complete: `pages` continue the list sent so far.
+
+    The last chunk carries the first token, which the client already has.
+    """
+
+    handoff: str
+    pages: list[int]
+    num_computed: int
+    checksums: list[int] = []  # one per page when integrity checking is on
+    first_token: int | None = None
+
+
+class Cancel(Message, frozen=True):
+    """There will be nothing (more) to pull; answer with Dropped once no copy is in flight."""
+
+    handoff: str
+    reason: str
+
+
+# ---- decode worker -> prefill worker
+
+
+class Renew(Message, frozen=True):
+    """I still want these hand-offs: from now on their lease runs anew. `serial` comes back in Renewed."""
+
+    worker: str
+    serial: int
+    handoffs: list[str]
+
+
+class PullDone(Message, frozen=True):
+    """Every page is copied; the source pages are yours again."""
+
+    handoff: str
+
+
+class Dropped(Message, frozen=True):
+    """I no longer touch this hand-off's pages. `refused` is a sentence when I never took it: you may decode it."""
+
+    handoff: str
+    refused: str = ""
+
+
+# ---- prefill worker -> decode worker, in answer
+
+
+class Renewed(Message, frozen=True):
+    """The lease of these hand-offs runs anew since Renew `serial`; those left out are gone."""
+
+    worker: str
+    serial: int
+    handoffs: list[str]
+
+
+AnyMessage = (
+    Submit | Abort | Lost | Audit | Stop | Hello | StartFailed | Progress | AuditReport
+    | Offer | ChunkReady | Cancel | Renew | PullDone | Dropped | Renewed
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """Bytes of one message."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Any:
+    """The message in `data`. Raises msgspec.ValidationError when it is none of ours."""
+    return _decoder.decode(data)

@@ -1,0 +1,104 @@
+"""One step on the device: a Batch becomes arrays, the model runs, tokens come back."""
+
+from itertools import chain
+
+import numpy as np
+import torch
+
+from disagg.cache.storage import KVStorage
+from disagg.engine.batch import Batch, Chunk, Output
+from disagg.model.load import Loaded
+from disagg.model.ops import Step
+from disagg.model.sampler import sample
+from disagg.request import Request, SamplingParams
+
+
+class Runner:
+    """Runs batches of one loaded model over one storage. Keeps nothing between steps."""
+
+    def __init__(self, loaded: Loaded, storage: KVStorage) -> None:
+        self.spec = loaded.spec
+        self.storage = storage
+        self._model = loaded.model
+        self._device = torch.device(loaded.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Output:
+        """Compute the batch's positions, write their keys and values into the requests' pages, and sample.
+
+        Every request in the batch must hold pages for all its positions up to the last one computed here.
+        """
+        step = make_step(batch, self.storage.page_size, self._device)
+        return sample(self._model.forward(step, self.storage.pages), batch.sampling())
+
+    def warm_up(self) -> None:
+        """Trigger every lazy compilation and allocation. Scribbles on the first pages: call it before serving."""
+        size = self.storage.page_size
+        length = min(3 * size + 1, (self.storage.num_pages // 2) * size - 1, self.spec.max_len - 1)
+        if length < 1:
+            return
+        held = -(-(length + 1) // size)
+        requests = [
+            Request(
+                id="warm-up",
+                prompt_len=length,
+                tokens=[0] * length,
+                params=SamplingParams(temperature=float(index), seed=0),
+                stop_ids=frozenset(),
+                order=0.0,
+                pages=list(range(index * held, (index + 1) * held)),
+            )
+            for index in range(2)
+        ]
+        self.run(Batch(chunks=[Chunk(request, 0, length, True) for request in requests]))
+        for request in requests:
+            request.tokens.append(0)
+        self.run(Batch(decodes=requests))
+        self.run(Batch(decodes=requests[:1], chunks=[Chunk(requests[1], 0, length, False)]))
+
+
+def make_step(batch: Batch, page_size: int, device: torch.device) -> Step:
+    """The arrays of a batch, decodes first, then chunks, in order. See Step for shapes."""
+    decodes, chunks = batch.decodes, batch.chunks
+    count = len(decodes)
+    total = count + batch.num_chunk_tokens
+    tokens = np.empty(total, np.int64)
+    positions = np.empty(total, np.int64)
+    slots = np.empty(total, np.int64)
+    query_len = np.ones(count + len(chunks), np.int32)
+    context_len = np.empty(count + len(chunks), np.int32)
+    if count:
+        tokens[:count] = [request.tokens[-1] for request in decodes]
+        lengths = np.array([len(request.tokens) for request in decodes], np.int64)
+        positions[:count] = lengths - 1
+        context_len[:count] = lengths
+    last = list(range(count))
+    row = count
+    for index, (request, start, length, samples) in enumerate(chunks, count):
+        end = row + length
+        tokens[row:end] = request.tokens[start : start + length]
+        positions[row:end] = np.arange(start, start + length)
+        query_len[index], context_len[index] = length, start + length
+        if samples:
+            last.append(end - 1)
+        row = end
+    table = _page_table([*decodes, *(chunk.request for chunk in chunks)], -(-context_len // page_size))
+    owner = np.repeat(np.arange(len(table)), query_len)
+    slots = table[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    arrays = (tokens, positions, slots, _starts(query_len), context_len, table, np.array(last, np.int64))
+    return Step(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def _page_table(requests: list[Request], num_pages: np.ndarray) -> np.ndarray:
+    """int32 [B, most pages]: the pages of each request that its context reaches; the rest is 0 and never read."""
+    table = np.zeros((len(requests), int(num_pages.max(initial=1))), np.int32)
+    held = (request.pages[:count] for request, count in zip(requests, num_pages.tolist(), strict=True))
+    table[np.arange(table.shape[1]) < num_pages[:, None]] = list(chain.from_iterable(held))
+    return table
+
+
+def _starts(query_len: np.ndarray) -> np.ndarray:
+    """int32 [B + 1]: first row of each sequence, then the number of rows."""
+    starts = np.zeros(len(query_len) + 1, np.int32)
+    query_len.cumsum(out=starts[1:])
+    return starts

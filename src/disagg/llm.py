@@ -1,0 +1,172 @@
+"""The Python API: a model on a deployment, prompts in, outputs out.
+
+    with LLM("smollm2", deploy="1P1D", budget="cpu:2") as llm:
+        outputs = llm.generate(["Hello", [1, 2, 3]], SamplingParams(temperature=0, max_tokens=16))
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from disagg.cluster.cluster import Cluster, Update
+from disagg.config import Budget, Deployment, EngineSpec
+from disagg.engine.batch import TokenLogprobs
+from disagg.errors import InputError, RequestError
+from disagg.record import Record
+from disagg.request import FinishReason, SamplingParams
+from disagg.text import TextStream
+
+Prompt = str | Sequence[int]
+_POLL_S = 0.5
+
+
+@dataclass(slots=True)
+class Completion:
+    """What came of one prompt. `text` is empty for a model without a tokenizer (`seed`)."""
+
+    prompt: Prompt
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str = ""
+    record: Record | None = None
+
+
+class Delta(NamedTuple):
+    """A piece of the output of the prompt in this place of the call."""
+
+    place: int
+    token_ids: list[int]
+    text: str
+
+
+class LLM:
+    """A running deployment. Leaving the `with` block (or `close`) leaves no process, socket or memory behind.
+
+    model, deploy, budget: as on the command line. Further keywords are the fields of EngineSpec (dtype, page_size,
+    kv_bytes, max_batch_tokens, prefix_caching, ...). Raises InputError with the nearest name for an unknown one.
+    """
+
+    def __init__(self, model: str, deploy: str = "1C", budget: str | None = None, **engine: Any) -> None:
+        _refuse_unknown(engine)
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        placed = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
+        self.cluster = Cluster(placed, EngineSpec(model=model, **engine))
+        self.tokenizer = self.cluster.info.tokenizer
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the deployment."""
+        self.cluster.close()
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Run all prompts together and return their outputs in order.
+
+        prompts: strings, or lists of token ids. params: one for all, or one each. Raises RequestError when one can
+        never be served (none is then) and WorkerLost when a worker dies. One that fails on the way has finish_reason
+        "error", and its record says why.
+        """
+        completions = [Completion(prompt) for prompt in prompts]
+        for _ in self._run(completions, _one_each(params, len(prompts))):
+            pass
+        return completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """One prompt, piece by piece. Closing the iterator early aborts the request."""
+        return self._run([Completion(prompt)], _one_each(params, 1))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, ready for `generate`."""
+        if self.tokenizer is None:
+            raise RequestError("This model has no tokenizer and so no chat template: give lists of token ids.")
+        return list(self.tokenizer.chat(messages))
+
+    def _run(self, completions: list[Completion], params: list[SamplingParams]) -> Iterator[Delta]:
+        prompts = [self._encode(completion.prompt) for completion in completions]
+        streams = [self._text_stream(each) for each in params]
+        live: dict[str, int] = {}
+        try:
+            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+                live[self.cluster.submit(prompt, each, index=index)] = index
+            while live:
+                for update in self.cluster.poll(_POLL_S):
+                    if (place := live.get(update.request_id)) is None:
+                        continue
+                    text = self._take(completions[place], streams[place], update)
+                    if completions[place].record is not None:
+                        del live[update.request_id]
+                    yield Delta(place, update.tokens, text)
+        finally:
+            for request_id in live:
+                self.cluster.abort(request_id)
+
+    def _take(self, completion: Completion, stream: TextStream | None, update: Update) -> str:
+        """Add what is new and return its text. A stop string ends the request, with the token that completed it."""
+        text = ""
+        record = update.record
+        if stream is None:
+            completion.token_ids += update.tokens
+        else:
+            for token in update.tokens:
+                completion.token_ids.append(token)
+                text += stream.push([token])
+                if stream.stopped:
+                    record = record or self.cluster.abort(update.request_id, FinishReason.STOP)
+                    break
+            if record is not None and not stream.stopped:
+                text += stream.push([], final=True)
+        if any(update.logprobs):
+            completion.logprobs = (completion.logprobs or []) + [one for one in update.logprobs if one is not None]
+        completion.text += text
+        if record is not None:
+            stopped = stream is not None and stream.stopped
+            completion.finish_reason = FinishReason.STOP if stopped else record.finish_reason
+            completion.record = record
+        return text
+
+    def _text_stream(self, params: SamplingParams) -> TextStream | None:
+        if self.tokenizer is None:
+            if params.stop:
+                raise RequestError("Stop strings need a tokenizer and this model has none: use stop_token_ids.")
+            return None
+        return TextStream(self.tokenizer.detokenizer(), params.stop)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise RequestError("This model has no tokenizer: give the prompt as a list of token ids.")
+        return list(self.tokenizer.encode(prompt))
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one each.")
+    return list(params)
+
+
+def _refuse_unknown(engine: dict[str, Any]) -> None:
+    known = [field.name for field in msgspec.structs.fields(EngineSpec) if field.name != "model"]
+    for name in engine:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+            raise InputError(f"LLM has no option {name!r}.{hint}")

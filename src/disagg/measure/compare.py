@@ -1,0 +1,265 @@
+"""The main job: the same requests on every arm, on one budget, repeated, interleaved, and judged.
+
+    start every arm, check parity ─▶ warm up ─▶ one at a time (repeats, all but the last)
+      ─▶ capacity of the colocated arms ─▶ chunk size of the best one ─▶ rates
+      ─▶ open loop: repeats × rates × arms, arms in random order ─▶ one at a time (last repeat) ─▶ summary
+
+All arms stay loaded and one is driven at a time: an idle worker sleeps in its poll and costs memory, not time. So arms
+can alternate from block to block, and slow drift of the machine meets all of them alike. The last sequential repeat
+runs at the very end, so a drift over the whole run is seen (`guards`).
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from disagg.clock import Clock
+from disagg.config import Budget, Deployment, EngineSpec
+from disagg.errors import BudgetError, InputError
+from disagg.measure import metrics, stages
+from disagg.measure.drive import Driven, Label, run_one_at_a_time, run_open_loop
+from disagg.measure.guards import check_parity
+from disagg.measure.run import RECORDS, WORKLOADS, Arm, Block, Run, Settings, write_run
+from disagg.measure.sources import Source, make_source
+from disagg.measure.summary import summarize, write_summary
+from disagg.record import Record, write_records
+from disagg.workload.workload import Limits, Note, Workload, write_workloads
+
+CAPACITY_S, TUNE_S = 3.0, 2.5
+CLOSING_S = 3.0  # kept back for stopping the workers and writing the summary
+
+
+class Served(Driven, Protocol):
+    """A running deployment, as `Cluster` is one."""
+
+    engine: EngineSpec  # with the context length resolved
+    num_pages: int  # of each worker
+
+    @property
+    def info(self) -> Any:
+        """`info.spec` has vocab_size and eos_ids."""
+
+    def close(self) -> None:
+        """Stop it; may be called twice."""
+
+
+class Progress(Protocol):
+    """Who is told how far it is."""
+
+    def stage(self, text: str, total: int = 1) -> None:
+        """A stage of `total` steps begins."""
+
+    def step(self) -> None:
+        """One step is done."""
+
+
+Start = Callable[[Deployment, EngineSpec], Served]
+
+
+def make_arms(settings: Settings, cores: tuple[int, ...]) -> list[Arm]:
+    """The arms, placed on their budgets. Raises InputError when they are no comparison, BudgetError when impossible."""
+    arms = []
+    for text in settings.arms:
+        notation, _, budget = text.partition("@")
+        deployment = Deployment.parse(notation, Budget.parse(budget or settings.budget, cores))
+        arms.append(Arm(text, deployment, settings.engine))
+    if len({arm.deployment.disaggregated for arm in arms}) < 2:
+        raise InputError(
+            f"--arms {','.join(settings.arms)} compares nothing: name a colocated arm and a disaggregated one, "
+            "as in 2C,1P1D."
+        )
+    kinds = {arm.deployment.budget.kind for arm in arms}
+    if len(kinds) > 1:
+        raise BudgetError("Arms on different kinds of device cannot be compared: give all of them cores, or all GPUs.")
+    return arms
+
+
+def compare(run: Run, folder: Path, start: Start, clock: Clock, progress: Progress) -> dict[str, Any]:
+    """Measure, write records, workloads, run and summary into `folder` (which exists), and return the summary.
+
+    `run` comes with settings, arms, command and environment; the rest is filled in. Whatever ends it early, the workers
+    are stopped and the folder keeps what was measured, marked incomplete.
+    """
+    check_parity(run.arms, run.settings.allow_unequal)
+    with contextlib.ExitStack() as stack:
+        comparison = _Comparison(run, folder, start, clock, progress)
+        stack.callback(comparison.close)
+        comparison.measure()
+    run.complete = True
+    write_run(folder, run)
+    summary = summarize(comparison.records, run)
+    write_summary(folder, summary)
+    return summary
+
+
+class _Comparison:
+    """The live side of a Run: its clusters and what they have recorded so far."""
+
+    def __init__(self, run: Run, folder: Path, start: Start, clock: Clock, progress: Progress) -> None:
+        self.run, self.settings, self.folder = run, run.settings, folder
+        self.start, self.clock, self.progress = start, clock, progress
+        self.clusters: dict[str, Served] = {}
+        self.records: list[Record] = []
+        self.begun_at = clock.now()
+        self.random = random.Random(run.settings.seed)
+
+    def measure(self) -> None:
+        """All stages, in order."""
+        self._start_all()
+        source = make_source(self.settings, self._limits())
+        self._write_facts()
+        alone = source.alone(self.settings.requests)
+        self._warm_up(alone, self.run.arms)
+        before_at = self.clock.now()
+        self._sequential(alone, range(max(1, self.settings.repeats - 1)))
+        once_s = (self.clock.now() - before_at) / max(1, self.settings.repeats - 1)
+        self._decide(source)
+        self._concurrent(source, closing_s=once_s + CLOSING_S)
+        self._sequential(alone, range(max(1, self.settings.repeats - 1), self.settings.repeats))
+        self.run.took_s = self.clock.now() - self.begun_at
+
+    def close(self) -> None:
+        """Stop every cluster, also when stopping one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for cluster in self.clusters.values():
+                stack.callback(cluster.close)
+
+    def _start_all(self) -> None:
+        self.progress.stage("start", len(self.run.arms))
+        for arm in self.run.arms:
+            self.clusters[arm.name] = self.start(arm.deployment, arm.engine)
+            self.progress.step()
+
+    def _limits(self) -> Limits:
+        """What every arm can take: the context, or the KV memory of a worker where that is less."""
+        clusters = self.clusters.values()
+        room = min(min(each.engine.max_len or 0, each.num_pages * each.engine.page_size) for each in clusters)
+        spec = next(iter(clusters)).info.spec
+        return Limits(spec.vocab_size, room, frozenset(spec.eos_ids))
+
+    def _write_facts(self) -> None:
+        """State what is known before measuring, so that an interrupted run can be read too."""
+        self.run.notes.append(Note("alive"))
+        for arm in self.run.arms:
+            if arm.deployment.oversubscribed:
+                self.run.notes.append(Note("oversubscribed", {"arm": arm.name}))
+        for found in check_parity(self.run.arms, self.settings.allow_unequal):
+            values = {"arm": found.arm, "base": found.base, "field": found.field}
+            self.run.notes.append(Note("unequal", values | {"theirs": found.theirs, "ours": found.ours}))
+        write_run(self.folder, self.run)
+
+    def _warm_up(self, alone: Workload, arms: Sequence[Arm]) -> None:
+        """First calls compile and fault in memory; these requests are not recorded."""
+        few = msgspec.structs.replace(alone, rows=alone.rows[:8])
+        self.progress.stage("warm up", len(arms))
+        for arm in arms:
+            run_open_loop(self.clusters[arm.name], few, self.clock, Label(arm.name, "warm-up"))
+            self.progress.step()
+
+    def _sequential(self, workload: Workload, repeats: Sequence[int]) -> None:
+        """The same requests on every arm, one at a time."""
+        self.progress.stage("one at a time", len(repeats) * len(self.run.arms))
+        for repeat in repeats:
+            if repeat == 0:
+                self._keep_workload(workload)
+            for arm in self._shuffled():
+                label = Label(arm.name, "sequential", 0.0, repeat)
+                records = run_one_at_a_time(self.clusters[arm.name], workload, self.clock, label)
+                self._keep(records, Block(arm.name, "sequential", 0.0, repeat, len(workload.rows)))
+
+    def _decide(self, source: Source) -> None:
+        """Default SLO, capacity, chunk size and rates, each by measuring. See `stages`."""
+        run = self.run
+        colocated = [arm for arm in run.arms if not arm.deployment.disaggregated]
+        by_arm = {arm.name: [r for r in self.records if r.arm == arm.name] for arm in colocated}
+        unloaded = {name: metrics.e2e(found).mean or 1.0 for name, found in by_arm.items()}
+        fastest = min(unloaded, key=lambda name: unloaded[name])
+        if self.settings.slo is None:
+            run.slo, slo_note = stages.default_slo(fastest, by_arm[fastest])
+            run.notes.append(slo_note)
+        else:
+            run.slo = self.settings.slo
+        self.progress.stage("capacity", len(colocated))
+        for arm in colocated:
+            cluster, alone_s = self.clusters[arm.name], unloaded[arm.name]
+            run.capacity.append(stages.measure_capacity(cluster, arm.name, source, self.clock, alone_s, CAPACITY_S))
+            self.progress.step()
+        run.capacity.sort(key=lambda capacity: -capacity.rate)
+        for found in run.capacity:
+            values: dict[str, float | int | str] = {"arm": found.arm, "rate": found.rate, "tokens": found.tokens_per_s}
+            values |= {"in_flight": found.in_flight, "window_s": found.window_s}
+            run.notes.append(Note("capacity", values))
+        if self.settings.tune:
+            self._tune(source)
+        else:
+            run.notes.append(Note("not_tuned", {"value": self.settings.engine.max_batch_tokens}))
+        run.rates = stages.choose_rates(self.settings, run.capacity[0])
+
+    def _tune(self, source: Source) -> None:
+        """Search the chunk size of the colocated arm with the highest capacity, and restart it with the best."""
+        best = self.run.capacity[0]
+        place = next(place for place, arm in enumerate(self.run.arms) if arm.name == best.arm)
+        rate = stages.TUNE_LOAD * best.rate
+        # One repeat more than will be judged: the search must not see the traffic that decides.
+        workload = source.stream(rate, max(TUNE_S, stages.MIN_REQUESTS / rate), self.settings.repeats)
+        sizes = stages.chunk_candidates(self.settings)
+        self.progress.stage("chunk size", len(sizes))
+        for size in sizes:
+            self._restart(place, size, workload)
+            trial = stages.try_chunk(self.clusters[best.arm], workload, self.clock, size, self.run.slo)
+            self.run.tuning.append(trial)
+            self.progress.step()
+        chosen = stages.best_trial(self.run.tuning).max_batch_tokens
+        self._restart(place, chosen, workload)
+        tried = ", ".join(map(str, sizes))
+        self.run.notes.append(Note("tuned", {"arm": best.arm, "value": chosen, "tried": tried}))
+
+    def _restart(self, place: int, max_batch_tokens: int, workload: Workload) -> None:
+        """Give one arm another chunk size, if it has not got it already, and warm it up."""
+        arm = self.run.arms[place]
+        if arm.engine.max_batch_tokens == max_batch_tokens:
+            return
+        engine = msgspec.structs.replace(arm.engine, max_batch_tokens=max_batch_tokens)
+        self.run.arms[place] = msgspec.structs.replace(arm, engine=engine)
+        self.clusters[arm.name].close()
+        self.clusters[arm.name] = self.start(arm.deployment, engine)
+        few = msgspec.structs.replace(workload, rows=workload.rows[:8])
+        run_open_loop(self.clusters[arm.name], few, self.clock, Label(arm.name, "warm-up"))
+
+    def _concurrent(self, source: Source, closing_s: float) -> None:
+        """Open loop: every repeat meets every rate, every arm meets the same requests, in random order."""
+        run, settings = self.run, self.settings
+        tail_s = 3 * (metrics.e2e(self.records).p90 or 0.0)
+        remaining_s = settings.time_budget_s - (self.clock.now() - self.begun_at) - closing_s
+        run.duration_s = stages.choose_duration(settings, run.rates, remaining_s, tail_s)
+        write_run(self.folder, run)
+        self.progress.stage("under load", settings.repeats * len(run.rates) * len(run.arms))
+        for repeat in range(settings.repeats):
+            for rate in self.random.sample(run.rates, len(run.rates)):
+                workload = source.stream(rate, run.duration_s, repeat)
+                self._keep_workload(workload)
+                for arm in self._shuffled():
+                    label = Label(arm.name, "concurrent", rate, repeat)
+                    drain_s = max(10.0, 3 * workload.span_s)
+                    records = run_open_loop(self.clusters[arm.name], workload, self.clock, label, drain_s)
+                    self._keep(records, Block(arm.name, "concurrent", rate, repeat, len(workload.rows)))
+
+    def _shuffled(self) -> list[Arm]:
+        return self.random.sample(self.run.arms, len(self.run.arms))
+
+    def _keep_workload(self, workload: Workload) -> None:
+        """Save what will be asked, and state once what had to be changed to ask it."""
+        write_workloads(self.folder / WORKLOADS, [workload])
+        stated = {note.key for note in self.run.notes}
+        self.run.notes += [note for note in workload.notes if note.key not in stated]
+
+    def _keep(self, records: list[Record], block: Block) -> None:
+        """Save a block's records as soon as they are there."""
+        write_records(self.folder / RECORDS, records)
+        self.records += records
+        self.run.blocks.append(block)
+        self.progress.step()

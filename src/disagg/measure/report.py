@@ -1,0 +1,206 @@
+"""The report: one HTML page and its figures, rebuilt from a results folder at any time.
+
+The page says what `summary.json` says, in tables for people (milliseconds, per cent), and embeds the figures, so it can
+be mailed as one file. Nothing in it is loaded from elsewhere.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+
+from disagg.config import SLO
+from disagg.measure import sentences
+from disagg.measure.plots import draw_all
+from disagg.measure.plots_scene import PARTS, arm_colours, colocated
+from disagg.measure.run import RECORDS
+from disagg.measure.sentences import Lang
+from disagg.measure.summary import read_summary
+from disagg.measure.verdict import METRICS, Verdict
+from disagg.measure.words import Words
+from disagg.record import read_records
+
+PAGE = "report.html"
+_PAIRED = ("goodput", *(metric for metric in METRICS if metric != "goodput"))
+Plain = Mapping[str, Any]
+
+
+def build(folder: Path, lang: Lang = "en") -> None:
+    """Write every figure as PNG and `report.html` into a results folder; its `summary.json` is rebuilt on the way.
+
+    Raises InputError when the folder is not one that compare has written.
+    """
+    summary = read_summary(folder)
+    words = Words(lang)
+    slo = msgspec.convert(summary["slo"], SLO)
+    drawn = draw_all(list(read_records(folder / RECORDS)), slo, words, folder)
+    images = {name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in drawn}
+    (folder / PAGE).write_text(render(summary, images, words), encoding="utf-8")
+
+
+def render(summary: Plain, images: Mapping[str, str], words: Words) -> str:
+    """The page. `images` are base64 PNGs by figure name, in the order to show them."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    arms = [arm["name"] for arm in summary["config"]["arms"]]
+    return environment.get_template("report.html").render(
+        w=words,
+        ms=milliseconds,
+        note=lambda note: _told(note, words),
+        summary=summary,
+        settings=summary["config"]["settings"],
+        images=images,
+        verdicts=list(_verdicts(summary, words)),
+        one_at_a_time=_one_at_a_time(summary["sequential"], words),
+        differences=[_difference_row(each, words) for each in summary["concurrent"]],
+        paired=_PAIRED,
+        limits=_limits(summary["slo"]),
+        unequal=[_unequal(each, words) for each in summary["parity"]],
+        flat_settings=list(flatten(summary["config"]["settings"])),
+        flat_environment=list(flatten(summary["environment"])),
+        colours=arm_colours(sorted(arms, key=lambda arm: not colocated(arm))),
+        parts=PARTS,
+    )
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits that mean something: 0.042, 1.23, 12.3, 123, 1,234; a dash for nothing."""
+    if seconds is None:
+        return "–"
+    value = 1e3 * seconds
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 or value == 0 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def percent(share: float | None, signed: bool = False) -> str:
+    """A share as per cent with one decimal; a dash for nothing."""
+    if share is None:
+        return "–"
+    return f"{100 * share:+.1f} %" if signed else f"{100 * share:.1f} %"
+
+
+def flatten(tree: Plain, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`a.b` and value for every leaf that says something; what is unset or empty is left out."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            if value:
+                yield name, ", ".join(str(each) for each in value)
+        elif value is not None and value != "":
+            yield name, str(value)
+
+
+def _verdicts(summary: Plain, words: Words) -> Iterator[dict[str, str]]:
+    """The sentences of the box on top: one per rate, or the sequential one where there is no load phase."""
+    if summary["void"]:
+        return  # the box gives the reasons instead
+    parts = [(f"{each['rate']:.3g}", each) for each in summary["concurrent"]] or [("", summary["sequential"])]
+    for rate, part in parts:
+        if part["void"]:
+            reasons = " ".join(_told(each, words) for each in part["void"])
+            yield {"rate": rate, "kind": "void", "word": words("kind.void"), "text": reasons}
+        elif part["verdict"] is not None:
+            kind = part["verdict"]["kind"]
+            text = _sentence(part["verdict"], words)
+            yield {"rate": rate, "kind": kind, "word": words(f"kind.{kind}"), "text": text}
+
+
+def _told(note: Plain, words: Words) -> str:
+    """A note of the summary as a sentence."""
+    return sentences.say(note["key"], note["values"], words.lang)
+
+
+def _sentence(verdict: Plain, words: Words) -> str:
+    return sentences.sentence(msgspec.convert(verdict, Verdict), words.lang)
+
+
+def _one_at_a_time(sequential: Plain, words: Words) -> dict[str, Any] | None:
+    """Columns and rows of the table: every arm, then the published figures. None without that phase."""
+    arms = sequential["arms"]
+    if not arms:
+        return None
+    published = sequential["published"]
+    stages = ("prefill", "handoff", "decode")
+    rows = [
+        (words("table.total"), [_spread(arm["total_s"]) for arm in arms.values()], "colocated_s", "disaggregated_s"),
+        *(
+            (words(f"part.{stage}"), [_spread(arm[f"{stage}_s"]) for arm in arms.values()], "", f"{stage}_s")
+            for stage in stages
+        ),
+        (words("table.ttft"), [_spread(arm["ttft_s"]) for arm in arms.values()], "", ""),
+    ]
+    table = [
+        (label, cells, *(milliseconds(published[key]) if key else "–" for key in (base, other)))
+        for label, cells, base, other in rows
+    ]
+    shares = [(percent(arm["handoff_share"]), "") for arm in arms.values()]
+    table.insert(4, (words("table.handoff_share"), shares, "–", percent(published["handoff_share"])))
+    counts = [(f"{arm['completed']} / {arm['failed']}", "") for arm in arms.values()]
+    table.append((words("table.num"), counts, "–", "–"))
+    return {
+        "arms": list(arms),
+        "rows": table,
+        "difference": _difference(sequential["relative_difference"], "e2e_s", words),
+        "published": percent(published["relative_difference"], signed=True),
+        "verdict": _sentence(sequential["verdict"], words) if sequential["verdict"] else "",
+    }
+
+
+def _spread(stat: Plain) -> tuple[str, str]:
+    """A mean, and the percentiles to print small beneath it."""
+    if stat["mean"] is None:
+        return "–", ""
+    return milliseconds(stat["mean"]), " / ".join(milliseconds(stat[name]) for name in ("p50", "p90", "p99"))
+
+
+def _difference(interval: Plain | None, metric: str, words: Words) -> tuple[str, str]:
+    """Estimate, and interval where there is one. Differences of goodput are in points of the share."""
+    if interval is None:
+        return "–", ""
+    shown = _points if metric == "goodput" else lambda value: percent(value, signed=True)
+    if interval["low"] is None:
+        return shown(interval["estimate"]), ""
+    return shown(interval["estimate"]), words(
+        "table.interval", low=shown(interval["low"]), high=shown(interval["high"])
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _difference_row(part: Plain, words: Words) -> dict[str, Any]:
+    """A row of the table of differences: for every metric its kind, estimate and interval."""
+    cells = []
+    for metric in _PAIRED:
+        verdict = part["verdicts"].get(metric)
+        kind = verdict["kind"] if verdict else ""
+        estimate, interval = _difference(part["differences"].get(metric), metric, words)
+        cells.append(
+            {"kind": kind, "word": words(f"kind.{kind}") if kind else "", "estimate": estimate, "of": interval}
+        )
+    load = words("table.load", share=f"{part['load']:.0%}") if part["load"] else ""
+    return {"rate": f"{part['rate']:.3g}", "load": load, "cells": cells, "void": bool(part["void"])}
+
+
+def _limits(slo: Plain) -> str:
+    """The SLO as people write it."""
+    names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
+    return ", ".join(f"{names[key]} ≤ {milliseconds(limit)} ms" for key, limit in slo.items() if limit is not None)
+
+
+def _unequal(found: Plain, words: Words) -> dict[str, str]:
+    """A setting in which an arm differs from the first one, and whether that is meant."""
+    values = {key: found[key] for key in ("arm", "base", "field", "ours", "theirs")}
+    meant = words("text.tuned" if found["tuned"] else "text.unequal")
+    return {"text": sentences.say("unequal", values, words.lang), "meant": meant}

@@ -1,0 +1,167 @@
+"""Every sentence the measurement says, in English and Chinese: verdicts, notes on the workload, reasons of a void run.
+
+Structured data goes in (`Verdict`, `Note`), one sentence comes out. Numbers for people: milliseconds, per cent.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from disagg.measure.verdict import Verdict
+
+Lang = Literal["en", "zh"]
+
+_METRIC = {
+    "en": {
+        "e2e_s": "mean end-to-end latency",
+        "ttft_s": "mean time to first token",
+        "tpot_s": "mean time per output token",
+        "itl_p99_s": "p99 inter-token latency",
+        "throughput": "throughput",
+        "goodput": "goodput",
+    },
+    "zh": {
+        "e2e_s": "平均端到端延迟",
+        "ttft_s": "平均首 token 延迟（TTFT）",
+        "tpot_s": "平均每 token 延迟（TPOT）",
+        "itl_p99_s": "p99 token 间隔（ITL）",
+        "throughput": "吞吐量",
+        "goodput": "有效吞吐（goodput）",
+    },
+}
+
+_VERDICT = {
+    "en": {
+        "better": "{other} is better than {base}: {metric} {estimate} ({interval}).",
+        "worse": "{other} is worse than {base}: {metric} {estimate} ({interval}).",
+        "equal": "No difference in {metric} larger than {bound} between {other} and {base}: {estimate} ({interval}).",
+        "open": "Not resolved whether {other} or {base} is better: {metric} {estimate} ({interval}); {more}.",
+        "more": "about {n} more repeats needed",
+        "hopeless": "no practical number of repeats would settle it",
+        "interval": "95 % interval {low} to {high}, {repeats} paired repeats",
+        "single": "{repeats} repeat, which allows no interval",
+    },
+    "zh": {
+        "better": "{other} 优于 {base}：{metric} {estimate}（{interval}）。",
+        "worse": "{other} 劣于 {base}：{metric} {estimate}（{interval}）。",
+        "equal": "{other} 与 {base} 的{metric}差异不超过 {bound}：{estimate}（{interval}）。",
+        "open": "尚不能判定 {other} 与 {base} 孰优：{metric} {estimate}（{interval}）；{more}。",
+        "more": "约需再重复 {n} 次",
+        "hopeless": "无法用合理的重复次数判定",
+        "interval": "95 % 置信区间 {low} 至 {high}，{repeats} 次配对重复",
+        "single": "仅 {repeats} 次重复，无法给出区间",
+    },
+}
+
+SENTENCES: dict[str, dict[str, str]] = {
+    "en": {
+        # why
+        "one_at_a_time": "One request at a time, the two phases never compete, so splitting them can only add the "
+        "hand-off: disaggregation cannot win this case, only lose little.",
+        "one_at_a_time_gain": "Here {other} shows a gain nevertheless; the parts of its latency cannot explain one "
+        "(prefill and decode run alone on both arms), so look at the difference in their means: it is placement of "
+        "threads or noise of this machine, not disaggregation.",
+        "published": "The published gain of {gain:.2%} cannot come from disaggregation either: its own parts sum to "
+        "{parts:.4f} s, more than the colocated {colocated:.4f} s.",
+        "better_colocated": "The better colocated arm here was {arm}; the verdict compares against it.",
+        # workload
+        "cut": "{num} of {of} requests were cut to the context of {max_len} tokens.",
+        "slots": "{share:.0%} of the trace's gaps are zero: its clock is quantised to {slot_s:g} s, so requests were "
+        "spread uniformly over their slot (seed {seed}).",
+        "length_scale": "Lengths of the trace were multiplied by {scale:.3g} to fit the context of {max_len} tokens; "
+        "{num} of {of} rows had to be cut as well.",
+        "time_scale": "Times of {trace} were multiplied by {factor:.3g}: {from_rate:.3g} requests/s became {rate:.3g} "
+        "on average, and the busiest tenth of the window runs at {burst:.1f} times that; gaps above 30 s in the "
+        "original window: {long_gaps}.",
+        # set-up
+        "oversubscribed": "{arm} has more workers than the budget has devices: they share, and are slower for it.",
+        "alive": "All arms stay loaded while one is driven; an idle worker sleeps and costs memory, not time.",
+        "tuned": "{arm} runs with {value} tokens a step, the best of {tried} in a short search at 0.8 of its capacity.",
+        "not_tuned": "The colocated chunk size was not searched ({value} tokens a step in every arm).",
+        "capacity": "Capacity of {arm}: {rate:.3g} requests/s ({tokens:.4g} output tokens/s), with {in_flight} "
+        "requests kept in flight for {window_s:.1f} s.",
+        "slo_default": "SLO by default: TTFT {ttft_x:g} times and TPOT {tpot_x:g} times the unloaded median of {arm}, "
+        "rounded up to two digits: ttft {ttft_ms:g} ms, tpot {tpot_ms:g} ms.",
+        "unequal": "{arm} differs from {base} in {field}: {theirs} instead of {ours}.",
+        # guards
+        "late": "The client sent late: p99 {p99_ms:.1f} ms in {arm} at {rate:g} requests/s (limit {limit_ms:g} ms).",
+        "failures": "{num} of {of} requests failed in {arm} at {rate:g} requests/s ({why}).",
+        "missing": "{arm} at {rate:g} requests/s, repeat {repeat}, has {num} records for {of} requests.",
+        "drift": "{arm} drifted: the same requests took {change:+.0%} at the end of the run (limit {limit:.0%}).",
+        "tokens": "{num} of {of} requests gave different tokens in {arm} than in {base}.",
+        "incomplete": "The run was cut off before it ended.",
+        # overall
+        "overall_void": "No verdict: the run is void.",
+        "overall": "{other} against {base} under load: goodput better at {better} of {num} rates, worse at {worse}, no "
+        "difference at {equal}, not resolved at {open}.",
+    },
+    "zh": {
+        "one_at_a_time": "逐个处理请求时，两个阶段从不竞争，分离只会增加 KV 传输的开销："
+        "此情形下分离部署不可能获胜，最多只是输得不多。",
+        "one_at_a_time_gain": "这里 {other} 仍显示出增益；但其延迟的各部分无法解释它（两臂的预填充与解码都独占运行），"
+        "应归因于线程布置或本机噪声，而非分离部署。",
+        "published": "已发表的 {gain:.2%} 增益同样不可能来自分离部署：其各部分之和为 {parts:.4f} s，"
+        "高于合并部署的 {colocated:.4f} s。",
+        "better_colocated": "此处较好的合并部署是 {arm}；结论以它为基准。",
+        "cut": "{of} 个请求中有 {num} 个被截短到 {max_len} token 的上下文。",
+        "slots": "该 trace 有 {share:.0%} 的间隔为零：其时钟量化为 {slot_s:g} s，故将请求均匀分散到各自的时隙中"
+        "（种子 {seed}）。",
+        "length_scale": "trace 的长度乘以 {scale:.3g} 以适应 {max_len} token 的上下文；另有 {num}/{of} 行被截短。",
+        "time_scale": "{trace} 的时间乘以 {factor:.3g}：{from_rate:.3g} 请求/s 变为平均 {rate:.3g} 请求/s，"
+        "窗口内最忙的十分之一是平均值的 {burst:.1f} 倍；原窗口中超过 30 s 的间隔：{long_gaps} 个。",
+        "oversubscribed": "{arm} 的 worker 多于预算中的设备：它们共享设备，因而更慢。",
+        "alive": "驱动某一臂时，其余各臂保持加载；空闲的 worker 休眠，只占内存，不占时间。",
+        "tuned": "{arm} 每步 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",
+        "not_tuned": "未搜索合并部署的分块大小（各臂均为每步 {value} token）。",
+        "capacity": "{arm} 的容量：{rate:.3g} 请求/s（{tokens:.4g} 输出 token/s），在 {window_s:.1f} s 内保持 "
+        "{in_flight} 个请求在途。",
+        "slo_default": "默认 SLO：TTFT 为 {arm} 空载中位数的 {ttft_x:g} 倍，TPOT 为 {tpot_x:g} 倍，"
+        "向上取两位有效数字：ttft {ttft_ms:g} ms，tpot {tpot_ms:g} ms。",
+        "unequal": "{arm} 与 {base} 在 {field} 上不同：{theirs}，而非 {ours}。",
+        "late": "客户端发送迟到：{arm} 在 {rate:g} 请求/s 时 p99 为 {p99_ms:.1f} ms（上限 {limit_ms:g} ms）。",
+        "failures": "{arm} 在 {rate:g} 请求/s 时 {of} 个请求中有 {num} 个失败（{why}）。",
+        "missing": "{arm} 在 {rate:g} 请求/s 的第 {repeat} 次重复中，{of} 个请求只有 {num} 条记录。",
+        "drift": "{arm} 发生漂移：同样的请求在运行结束时耗时变化 {change:+.0%}（上限 {limit:.0%}）。",
+        "tokens": "{of} 个请求中有 {num} 个在 {arm} 中的 token 与 {base} 不同。",
+        "incomplete": "运行在结束前被中断。",
+        "overall_void": "无结论：本次运行无效。",
+        "overall": "负载下 {other} 对 {base}：{num} 个到达率中，goodput 更好 {better} 个，更差 {worse} 个，"
+        "无差异 {equal} 个，未判定 {open} 个。",
+    },
+}
+
+
+def say(key: str, values: Mapping[str, float | int | str], lang: Lang = "en") -> str:
+    """The sentence named `key`, filled with `values`: of a Note, or of a note in summary.json. May raise KeyError."""
+    return SENTENCES[lang][key].format(**values)
+
+
+def sentence(verdict: Verdict, lang: Lang = "en") -> str:
+    """The verdict as one sentence that names metric, estimate and interval."""
+    words = _VERDICT[lang]
+    shown = _points if verdict.metric == "goodput" else _percent
+    if verdict.low is None or verdict.high is None:
+        interval = words["single"].format(repeats=verdict.repeats)
+    else:
+        interval = words["interval"].format(
+            low=shown(verdict.low, lang), high=shown(verdict.high, lang), repeats=verdict.repeats
+        )
+    more = words["hopeless"] if verdict.n_more is None else words["more"].format(n=verdict.n_more)
+    return words[verdict.kind].format(
+        base=verdict.base,
+        other=verdict.other,
+        metric=_METRIC[lang][verdict.metric],
+        estimate=shown(verdict.estimate, lang),
+        interval=interval,
+        more=more,
+        bound="" if verdict.bound is None else shown(verdict.bound, lang).lstrip("+"),
+    )
+
+
+def _percent(value: float, lang: Lang) -> str:
+    """A relative difference."""
+    return f"{100 * value:+.1f} %"
+
+
+def _points(value: float, lang: Lang) -> str:
+    """A difference of two shares."""
+    return f"{100 * value:+.1f} " + {"en": "points", "zh": "个百分点"}[lang]

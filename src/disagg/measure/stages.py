@@ -1,0 +1,98 @@
+"""The decisions a comparison takes by measuring first: the default SLO, the capacity, the chunk size, the rates."""
+
+import math
+from collections.abc import Sequence
+
+from disagg.clock import Clock
+from disagg.config import SLO
+from disagg.measure import metrics
+from disagg.measure.drive import Driven, Label, run_open_loop, run_saturated
+from disagg.measure.run import Capacity, Settings, Trial
+from disagg.measure.sources import Source
+from disagg.record import Record
+from disagg.workload.workload import Note, Workload
+
+SLO_TTFT_X, SLO_TPOT_X = 10.0, 3.0  # times the unloaded median; DistServe's "SLO scale", loose enough to be met at 0.4
+TUNE_LOAD = 0.8
+MIN_REQUESTS = 12  # a block with fewer says little, and may get none at all
+
+
+def default_slo(arm: str, records: Sequence[Record]) -> tuple[SLO, Note]:
+    """Limits from one colocated arm's unloaded, one-at-a-time medians, the same for every arm.
+
+    SLO_TTFT_X times TTFT and SLO_TPOT_X times TPOT, rounded up to two digits. What a user tolerates is not a multiple
+    of what a machine can do, so these only place the limits where load matters: real limits come from `--slo`.
+    """
+    slo = SLO(
+        ttft_s=_round_up(SLO_TTFT_X * (metrics.ttft(records).p50 or math.inf)),
+        tpot_s=_round_up(SLO_TPOT_X * (metrics.tpot(records).p50 or math.inf)),
+    )
+    values: dict[str, float | int | str] = {"arm": arm, "ttft_x": SLO_TTFT_X, "tpot_x": SLO_TPOT_X}
+    values |= {"ttft_ms": round(1e3 * (slo.ttft_s or 0), 6), "tpot_ms": round(1e3 * (slo.tpot_s or 0), 6)}
+    return slo, Note("slo_default", values)
+
+
+def _round_up(value: float) -> float | None:
+    """Up to two significant digits; None for infinity, which is no limit."""
+    if math.isinf(value):
+        return None
+    unit: float = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(round(value / unit, 6)) * unit
+
+
+def measure_capacity(
+    cluster: Driven, arm: str, source: Source, clock: Clock, unloaded_s: float, seconds: float
+) -> Capacity:
+    """Requests/s when saturated: 8 to 32 requests in flight, fewer the longer one takes alone (`unloaded_s`).
+
+    Lasts about `seconds` for short requests and is cut off at six times that for long ones.
+    """
+    in_flight = max(8, min(32, round(8 / unloaded_s)))
+    workload = source.alone(4 * in_flight)
+    burst = run_saturated(cluster, workload, clock, in_flight, seconds, 6 * seconds)
+    return Capacity(arm, burst.rate, burst.tokens_per_s, in_flight, burst.window_s)
+
+
+def chunk_candidates(settings: Settings) -> list[int]:
+    """The asked-for tokens a step, then smaller ones: a smaller chunk delays decode less and prefill more."""
+    asked = settings.engine.max_batch_tokens
+    return [asked, *(asked // part for part in (2, 4, 8) if asked // part >= 2 * settings.engine.page_size)]
+
+
+def try_chunk(cluster: Driven, workload: Workload, clock: Clock, size: int, slo: SLO) -> Trial:
+    """One short block with `size` tokens a step, which `cluster` must have been started with."""
+    records = run_open_loop(cluster, workload, clock, Label("", "tuning", workload.rate))
+    return Trial(size, metrics.goodput(records, slo).share, metrics.e2e(records).mean or math.inf)
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """The one with the most goodput; within two points of it, the lowest latency.
+
+    The first trial, which is what was asked for, stays unless another has two points or 5 % more: a short search must
+    not follow noise.
+    """
+    top = max(trial.goodput for trial in trials)
+    best = min((trial for trial in trials if trial.goodput >= top - 0.02), key=lambda trial: trial.e2e_s)
+    first = trials[0]
+    clearly = best.goodput > first.goodput + 0.02 or best.e2e_s < 0.95 * first.e2e_s
+    return best if clearly else first
+
+
+def choose_rates(settings: Settings, capacity: Capacity) -> list[float]:
+    """The rates given, or the loads times the capacity, to three digits, rising."""
+    if settings.rates:
+        return sorted(settings.rates)
+    return sorted({float(f"{load * capacity.rate:.3g}") for load in settings.loads})
+
+
+def choose_duration(settings: Settings, rates: Sequence[float], remaining_s: float, tail_s: float) -> float:
+    """Seconds of arrivals in one block: what is left of the time budget, divided over the blocks.
+
+    `tail_s` is what a block takes beyond its arrivals. Never less than one second, nor than MIN_REQUESTS at the lowest
+    rate, even if the budget does not allow it: too short a block would measure its own start and end.
+    """
+    if settings.duration_s is not None:
+        return settings.duration_s
+    num_blocks = len(rates) * settings.repeats * len(settings.arms)
+    allowed = 0.9 * remaining_s / num_blocks - tail_s
+    return max(1.0, MIN_REQUESTS / rates[0], allowed)

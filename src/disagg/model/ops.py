@@ -1,0 +1,197 @@
+"""The tensor operations of a decoder, behind one seam, and their plain definition.
+
+`Ops` has six methods. Five are the operations a model file composes by hand; the sixth, `decoder`, is a whole stack
+of pre-norm layers. It exists because at batch 1 a layer takes 0.4 ms, so thirty layers of seven separate calls would
+spend more time on calling than on arithmetic: an implementation may run the stack as one kernel, and the definition
+of what that kernel computes is `compose_decoder`, which uses nothing but the other five.
+
+`ReferenceOps` is the definition: plain torch, float32, any device, slow. `CpuOps` (ops_cpu.py) is fast. Every
+implementation passes tests/seams/test_ops.py.
+
+Letters in shapes: T tokens of this step, B sequences, H hidden, Hq query heads, Hkv key/value heads, D head size,
+I MLP width, N and K a weight's outputs and inputs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+"""x [T, K] float32 -> [T, N] float32, with the weight inside."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass computes: any mix of decodes (one new token) and prefill chunks (many).
+
+    Sequence b owns rows query_start[b] : query_start[b + 1]; they are its last tokens, in order, so row r of n sits
+    at position context_len[b] - n + r. Its keys and values lie in pages page_table[b, 0 : ceil(context_len / size)].
+    """
+
+    tokens: Tensor  # int64 [T], token ids
+    positions: Tensor  # int64 [T], place of each token in its sequence, from 0
+    slots: Tensor  # int64 [T], page * page_size + offset: where this token's key and value are written
+    query_start: Tensor  # int32 [B + 1], first row of each sequence, then T
+    context_len: Tensor  # int32 [B], tokens of each sequence including this step's
+    page_table: Tensor  # int32 [B, most pages of a sequence]; entries past a sequence's end are not read
+    last: Tensor  # int64 [S], rows whose logits are wanted
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables, both float32 [max_position, D / 2]; channel i is paired with channel i + D / 2."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One pre-norm decoder layer (Llama, Mistral, Qwen2, Qwen3), float32, weights as [outputs, inputs]."""
+
+    attention_norm: Tensor  # [H]
+    qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: all query heads, then key heads, then value heads
+    out: Tensor  # [H, Hq * D]
+    mlp_norm: Tensor  # [H]
+    gate_up: Tensor  # [2 I, H]: gate rows, then up rows
+    down: Tensor  # [H, I]
+    qkv_bias: Tensor | None = None  # [(Hq + 2 Hkv) * D]
+    q_norm: Tensor | None = None  # [D], RMSNorm of each query head before rotation
+    k_norm: Tensor | None = None  # [D]
+
+
+Decoder = Callable[[Tensor, Step, Tensor], Tensor]
+"""(hidden [T, H], step, pages) -> hidden [T, H] after all layers, residual included, final norm not applied."""
+
+
+class Ops(Protocol):
+    """The seam. Tensors are float32 and contiguous; `pages` is [num_pages, num_layers, 2, Hkv, page_size, D]."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """Prepare weight [N, K] (and bias [N]) once; the result computes x @ weight.T + bias for any T."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(normed, sum) with sum = x + residual [T, H] and normed = sum / sqrt(mean(sum^2) + eps) * weight [H]."""
+
+    def rotate_and_store(
+        self, qkv: Tensor, step: Step, layer: int, pages: Tensor,
+        rope: Rope | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+    ) -> Tensor:  # fmt: skip
+        """Norm and rotate q and k of qkv [T, (Hq + 2 Hkv) * D], write k and v to their slots, return q [T, Hq, D]."""
+
+    def attend(self, q: Tensor, layer: int, pages: Tensor, step: Step, scale: float) -> Tensor:
+        """Causal attention of q [T, Hq, D] over each sequence's pages; returns [T, Hq * D]."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up for gate_up [T, 2 I]; returns [T, I]."""
+
+    def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
+        """A stack of layers as one call: what `compose_decoder` computes."""
+
+
+def compose_decoder(ops: Ops, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
+    """The definition of `Ops.decoder`, made of the five other operations."""
+    packed = [
+        (w, ops.linear(w.qkv, w.qkv_bias), ops.linear(w.out), ops.linear(w.gate_up), ops.linear(w.down)) for w in layers
+    ]
+
+    def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
+        x, residual = hidden, None
+        for layer, (w, qkv, out, gate_up, down) in enumerate(packed):
+            normed, residual = ops.add_rms_norm(x, residual, w.attention_norm, eps)
+            q = ops.rotate_and_store(qkv(normed), step, layer, pages, rope, w.q_norm, w.k_norm, eps)
+            x = out(ops.attend(q, layer, pages, step, q.shape[-1] ** -0.5))
+            normed, residual = ops.add_rms_norm(x, residual, w.mlp_norm, eps)
+            x = down(ops.silu_mul(gate_up(normed)))
+        return x if residual is None else x + residual
+
+    return run
+
+
+class ReferenceOps:
+    """The definition: one line of mathematics per line of code, float32, any device."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """x @ weight.T + bias."""
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """RMSNorm of the sum (Zhang and Sennrich, 2019)."""
+        total = x if residual is None else x + residual
+        return _rms_norm(total, weight, eps), total
+
+    def rotate_and_store(
+        self, qkv: Tensor, step: Step, layer: int, pages: Tensor,
+        rope: Rope | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+    ) -> Tensor:  # fmt: skip
+        """Norm, rotate, write by advanced indexing."""
+        num_kv, page_size, size = pages.shape[3:]
+        heads = qkv.view(len(qkv), -1, size)
+        q, k, v = heads.split([heads.shape[1] - 2 * num_kv, num_kv, num_kv], dim=1)
+        q = q if q_norm is None else _rms_norm(q, q_norm, eps)
+        k = k if k_norm is None else _rms_norm(k, k_norm, eps)
+        if rope is not None:
+            q, k = _rotate(q, step.positions, rope), _rotate(k, step.positions, rope)
+        page, offset = step.slots // page_size, step.slots % page_size
+        pages[page, layer, 0, :, offset] = k
+        pages[page, layer, 1, :, offset] = v
+        return q.contiguous()
+
+    def attend(self, q: Tensor, layer: int, pages: Tensor, step: Step, scale: float) -> Tensor:
+        """Softmax over the whole context, one sequence after the other."""
+        num_kv, page_size, size = pages.shape[3:]
+        out = torch.empty_like(q)
+        starts = step.query_start.tolist()
+        for b, context_len in enumerate(step.context_len.tolist()):
+            rows = slice(starts[b], starts[b + 1])
+            table = step.page_table[b, : -(-context_len // page_size)].long()
+            k, v = pages[table, layer].movedim(0, 2).reshape(2, num_kv, -1, size)[:, :, :context_len]
+            queries = q[rows].transpose(0, 1).reshape(num_kv, -1, rows.stop - rows.start, size)
+            scores = torch.einsum("hgtd,hkd->hgtk", queries, k) * scale
+            future = torch.arange(context_len, device=q.device) > step.positions[rows, None]
+            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+            out[rows] = torch.einsum("hgtk,hkd->thgd", weights, v).reshape(-1, q.shape[1], size)
+        return out.view(len(q), -1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """The gated unit of Llama (SwiGLU: Shazeer, 2020)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
+        """The definition itself."""
+        return compose_decoder(self, layers, rope, eps)
+
+
+def pick_ops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Ops:
+    """The fastest implementation for a device; dtype is how weights are stored (float32 or float16).
+
+    On CPU without numba the reference runs instead, in float32 only: asking for float16 there is an error, because
+    silently storing twice the bytes would make a measurement compare different things.
+    """
+    kind = torch.device(device).type
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"weights can be stored as float32 or float16, not {dtype}")
+    if kind == "cpu" and importlib.util.find_spec("numba") is not None:
+        from disagg.model.ops_cpu import CpuOps
+
+        return CpuOps(dtype)
+    if dtype == torch.float16:
+        raise ValueError(f"float16 weights on {kind} need numba (pip install numba); use dtype float32 without it")
+    return ReferenceOps()
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,193 @@
+"""`CpuOps`: the fast implementation of `disagg.model.ops.Ops` on CPU.
+
+numba compiles the kernels on first use (about half a minute, once per machine: see ops_cpu_jit.py for the cache); no
+compiler is needed. Weights are packed as float32 or float16; all arithmetic is float32. All kernels use
+torch.get_num_threads() threads. A row's result of every operation is the same bits in any batch and for any number of
+threads, with one exception told in `attend_phase`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disagg.model.ops import Decoder, LayerWeights, Linear, Rope, Step
+from disagg.model.ops_cpu_attention import attend_kernel, attend_phase
+from disagg.model.ops_cpu_gemm import linear_kernel, linear_phase, pack, silu_mul_kernel, silu_phase
+from disagg.model.ops_cpu_jit import barrier, kernel
+from disagg.model.ops_cpu_rows import Where, norm_kernel, norm_phase, rotate_kernel, rotate_phase
+from disagg.model.ops_cpu_team import Team
+from disagg.model.ops_cpu_tile import PANEL
+
+_NOTHING = np.zeros(0, np.float32)  # stands for None: kernels ask for the length, so they compile once
+_NO_ROWS = np.zeros((0, 0), np.float32)
+
+
+class _Stack(NamedTuple):
+    """All layers' weights, stacked along a first axis; norms and biases that a model lacks have a length of 0."""
+
+    attention_norm: np.ndarray  # float32 [L, H]
+    qkv: np.ndarray  # packed [L, panels, H, 16]
+    qkv_bias: np.ndarray  # float32 [L, N or 0]
+    q_norm: np.ndarray  # float32 [L, D or 0]
+    k_norm: np.ndarray  # float32 [L, D or 0]
+    out: np.ndarray  # packed [L, panels, Hq * D, 16]
+    mlp_norm: np.ndarray  # float32 [L, H]
+    gate_up: np.ndarray  # packed [L, 2, panels, H, 16]
+    down: np.ndarray  # packed [L, panels, I, 16]
+
+
+class _Buffers(NamedTuple):
+    """Float32 intermediate results of one step, reused by every layer."""
+
+    normed: np.ndarray  # [T, H]
+    qkv: np.ndarray  # [T, (Hq + 2 Hkv) * D]
+    q: np.ndarray  # [T, Hq, D]
+    attended: np.ndarray  # [T, Hq * D]
+    mlp: np.ndarray  # [T, I]
+
+
+@kernel
+def decoder_kernel(
+    thread: int, num_threads: int, sync: np.ndarray, stack: _Stack, where: Where, pages: np.ndarray,
+    hidden: np.ndarray, buffers: _Buffers, eps: float,
+) -> None:  # fmt: skip
+    """All layers over hidden [T, H], in place: eight phases a layer, a barrier after each."""
+    s, b = stack, buffers
+    scale = np.float32(1.0 / np.sqrt(b.q.shape[2]))
+    no_bias = s.qkv_bias[0, :0]
+    for i in range(len(s.qkv)):
+        norm_phase(sync, hidden, b.normed[:0], s.attention_norm[i], eps, b.normed, hidden)
+        barrier(sync, num_threads)
+        linear_phase(sync, b.normed, s.qkv[i], s.qkv_bias[i], b.qkv, False)
+        barrier(sync, num_threads)
+        rotate_phase(sync, b.qkv, where, i, pages, s.q_norm[i], s.k_norm[i], eps, b.q)
+        barrier(sync, num_threads)
+        attend_phase(sync, b.q, where, i, pages, scale, b.attended)
+        barrier(sync, num_threads)
+        linear_phase(sync, b.attended, s.out[i], no_bias, hidden, True)
+        barrier(sync, num_threads)
+        norm_phase(sync, hidden, b.normed[:0], s.mlp_norm[i], eps, b.normed, hidden)
+        barrier(sync, num_threads)
+        silu_phase(sync, b.normed, s.gate_up[i], b.mlp)
+        barrier(sync, num_threads)
+        linear_phase(sync, b.mlp, s.down[i], no_bias, hidden, True)
+        barrier(sync, num_threads)
+
+
+class CpuOps:
+    """See the module docstring. dtype is how `linear` and `decoder` store weights: float32 or float16."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self._team = Team()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """Pack the weight once; see `pack`."""
+        packed, num_out, added = pack(weight, self.dtype), len(weight), _array(bias)
+
+        def run(x: Tensor) -> Tensor:
+            out = torch.empty(len(x), num_out)
+            self._team.run(linear_kernel, _array(x), packed, added, out.numpy())
+            return out
+
+        return run
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """One pass over each row."""
+        normed, total = torch.empty_like(x), torch.empty_like(x)
+        before = _NO_ROWS if residual is None else _array(residual)
+        self._team.run(norm_kernel, _array(x), before, _array(weight), eps, normed.numpy(), total.numpy())
+        return normed, total
+
+    def rotate_and_store(
+        self, qkv: Tensor, step: Step, layer: int, pages: Tensor,
+        rope: Rope | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+    ) -> Tensor:  # fmt: skip
+        """One pass over each token."""
+        q = torch.empty(len(qkv), *_query_shape(qkv.shape[1], pages))
+        self._team.run(
+            rotate_kernel, _array(qkv), _where(step, rope), layer, pages.numpy(), _array(q_norm), _array(k_norm), eps,
+            q.numpy(),
+        )  # fmt: skip
+        return q
+
+    def attend(self, q: Tensor, layer: int, pages: Tensor, step: Step, scale: float) -> Tensor:
+        """One kernel for all sequences; see `attend_phase`."""
+        _query_shape(0, pages)
+        out, where = torch.empty(len(q), q.shape[1] * q.shape[2]), _where(step, None)
+        self._team.run(attend_kernel, _array(q), where, layer, pages.numpy(), np.float32(scale), out.numpy())
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """One pass over each row."""
+        out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
+        self._team.run(silu_mul_kernel, _array(gate_up), out.numpy())
+        return out
+
+    def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
+        """The whole stack as one kernel; it keeps its own packed copy of the weights."""
+        stack = _stack(layers, self.dtype)
+        width, mlp_width = layers[0].qkv.shape[0], layers[0].down.shape[1]
+
+        def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
+            rows, hidden = len(hidden), hidden.clone(memory_format=torch.contiguous_format)
+            query_shape = _query_shape(width, pages)
+            shapes = (hidden.shape[1:], (width,), query_shape, (query_shape[0] * query_shape[1],), (mlp_width,))
+            buffers = _Buffers(*(np.empty((rows, *shape), np.float32) for shape in shapes))
+            where = _where(step, rope)
+            self._team.run(decoder_kernel, stack, where, pages.numpy(), hidden.numpy(), buffers, eps)
+            return hidden
+
+        return run
+
+
+def _array(tensor: Tensor | None) -> np.ndarray:
+    """A contiguous float32 view; kernels address memory directly, so a strided or wider tensor must not reach them."""
+    if tensor is None:
+        return _NOTHING
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"CpuOps computes in float32, got {tensor.dtype}")
+    return tensor.detach().contiguous().numpy()
+
+
+def _where(step: Step, rope: Rope | None) -> Where:
+    indices = (step.positions, step.slots, step.query_start, step.context_len, step.page_table)
+    cos, sin = (_NO_ROWS, _NO_ROWS) if rope is None else (_array(rope.cos), _array(rope.sin))
+    return Where(*(index.numpy() for index in indices), cos, sin)
+
+
+def _query_shape(qkv_width: int, pages: Tensor) -> tuple[int, int]:
+    """(Hq, D). Raises ValueError for a head the kernels cannot cut in registers."""
+    num_kv, size = pages.shape[3], pages.shape[5]
+    if size % PANEL:
+        raise ValueError(f"CpuOps needs a head size that is a multiple of {PANEL}, not {size}; use ReferenceOps")
+    return qkv_width // size - 2 * num_kv, size
+
+
+def _stack(layers: Sequence[LayerWeights], dtype: torch.dtype) -> _Stack:
+    """Pack layer by layer into the stacked arrays, so that little more than the result is in memory."""
+
+    def stacked(count: int, make: Callable[[int], np.ndarray]) -> np.ndarray:
+        first = make(0)
+        out = np.empty((count, *first.shape), first.dtype)
+        for i in range(count):
+            out[i] = first if i == 0 else make(i)
+        return out
+
+    def packed(name: str) -> np.ndarray:
+        return stacked(len(layers), lambda i: pack(getattr(layers[i], name), dtype))
+
+    def plain(name: str) -> np.ndarray:
+        return stacked(len(layers), lambda i: _array(getattr(layers[i], name)))
+
+    def gate_and_up(i: int) -> np.ndarray:
+        return stacked(2, lambda j: pack(layers[i].gate_up.chunk(2)[j], dtype))
+
+    fields = {name: packed(name) for name in ("qkv", "out", "down")}
+    fields |= {name: plain(name) for name in ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm")}
+    return _Stack(gate_up=stacked(len(layers), gate_and_up), **fields)

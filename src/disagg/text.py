@@ -1,0 +1,56 @@
+"""From tokens to text as they come: nothing half, nothing past a stop string."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Detokenizes(Protocol):
+    """Turns token ids into text piece by piece; `model.tokenizer.Detokenizer` is one."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Text that is complete now."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        ...
+
+
+class TextStream:
+    """One request's text. `push` returns what may be shown; after a stop string `stopped` is True and nothing follows.
+
+    Text that could be the beginning of a stop string is held back until it is decided. The stop string itself is not
+    shown, as in the OpenAI API.
+    """
+
+    def __init__(self, detokenizer: Detokenizes, stop: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, ids: Sequence[int], final: bool = False) -> str:
+        """Take new tokens; `final` says that no more will come, so nothing needs to be held back."""
+        if self.stopped:
+            return ""
+        self._held += self._detokenizer.push(ids)
+        if final:
+            self._held += self._detokenizer.finish()
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = 0 if final else self._undecided()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def _undecided(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

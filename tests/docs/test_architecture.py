@@ -1,0 +1,118 @@
+"""The house rules that a test can hold."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "disagg"
+# Lowest first. A file may import from its own level or from a lower one.
+LEVELS = [
+    {"errors", "clock", "request", "record", "config", "text"},
+    {"cache", "workload"},
+    {"model", "transfer"},
+    {"engine"},
+    {"cluster"},
+    {"measure", "llm", "server", "sim"},
+    {"cli", "__main__", "__init__"},
+]
+PURE = [
+    "errors.py",
+    "clock.py",
+    "request.py",
+    "record.py",
+    "config.py",
+    "text.py",
+    "cache/pages.py",
+    "cache/prefix.py",
+    "engine/batch.py",
+    "engine/engine.py",
+    "engine/scheduler.py",
+    "cluster/handoff_prefill.py",
+    "cluster/handoff_decode.py",
+    "cluster/messages.py",
+    "cluster/router.py",
+    "model/spec.py",
+    "transfer/base.py",
+    "transfer/layout.py",
+    "workload/arrivals.py",
+    "measure/metrics.py",
+    "measure/stats.py",
+    "measure/verdict.py",
+]
+IMPURE = {"torch", "socket", "zmq", "time"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, also inside functions; not what only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def level(name: str) -> int:
+    return next(rank for rank, names in enumerate(LEVELS) if name in names)
+
+
+def test_imports_point_down():
+    """No file imports from a package above its own."""
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        relative = path.relative_to(SOURCE)
+        own = relative.parts[0].removesuffix(".py")
+        for module in imports(path):
+            if module.startswith("disagg."):
+                used = module.split(".")[1]
+                if level(used) > level(own):
+                    wrong.append(f"{relative} imports {module}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_files_stay_pure(name):
+    """What decides imports neither torch, nor sockets, nor time (clock.py alone may ask for the time)."""
+    used = {module.split(".")[0] for module in imports(SOURCE / name)}
+    allowed = {"time"} if name == "clock.py" else set()
+    assert used & IMPURE <= allowed
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    """`import disagg` costs nothing: names resolve on first use."""
+    code = "import sys, disagg; print([m for m in ('torch', 'zmq', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_exported_names_exist_and_are_sorted():
+    """`__all__` is complete, sorted as ruff sorts it, and every name resolves."""
+    import disagg
+
+    for name in disagg.__all__:
+        assert getattr(disagg, name).__name__ == name
+
+
+def test_files_stay_small():
+    """A file that outgrows one screenful of ideas is split: 300 lines is the aim, 400 the limit."""
+    too_long = {
+        str(path.relative_to(SOURCE)): lines
+        for path in SOURCE.rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert too_long == {}
+
+
+def test_every_test_states_its_rule():
+    """A test without a docstring does not say what it guards."""
+    silent = []
+    for path in Path(__file__).parents[1].rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node):
+                silent.append(f"{path.name}::{node.name}")
+    assert silent == []

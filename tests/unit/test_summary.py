@@ -1,0 +1,307 @@
+import io
+
+import msgspec
+import pytest
+from fake_cluster import FakeCluster
+from rich.console import Console
+
+from disagg.clock import ManualClock
+from disagg.config import SLO, EngineSpec
+from disagg.errors import BudgetError, InputError
+from disagg.measure import stages
+from disagg.measure.compare import compare, make_arms
+from disagg.measure.guards import differences, run_guards
+from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial, read_run
+from disagg.measure.summary import read_summary, summarize
+from disagg.measure.tables import show
+from disagg.record import Record, read_records
+from disagg.workload.workload import read_workloads
+
+QUICK = Settings(repeats=3, rates=(20.0, 60.0), duration_s=2.0, requests=5, tune=False)
+
+
+class _Silent:
+    def __init__(self):
+        self.stages = []
+
+    def stage(self, text, total=1):
+        self.stages.append([text, total, 0])
+
+    def step(self):
+        self.stages[-1][2] += 1
+
+
+def _compare(folder, settings=QUICK, **options):
+    """A whole comparison on fakes; returns run, summary and the clusters that were started.
+
+    `options` go to every fake, `disagg_options` in it to the disaggregated ones only.
+    """
+    clock, started = ManualClock(), []
+    apart = options.pop("disagg_options", {})
+
+    def start(deployment, engine):
+        more = apart if deployment.disaggregated else {}
+        started.append(FakeCluster(deployment, engine, clock, **options, **more))
+        return started[-1]
+
+    run = Run(command="disagg compare", settings=settings, arms=make_arms(settings, (0, 1)), environment={})
+    progress = _Silent()
+    summary = compare(run, folder, start, clock, progress)
+    assert all(done == total for _, total, done in progress.stages)
+    return run, summary, started
+
+
+def test_the_truth_comes_out(tmp_path):
+    """Fakes with a hand-off of 3 ms and nothing else between them: every number is known, and found."""
+    run, summary, started = _compare(tmp_path)
+    part = summary["sequential"]
+    arms = part["arms"]
+    for arm, handoff in (("2C", 0.0), ("1P1D", 0.003)):
+        assert arms[arm]["prefill_s"]["mean"] == pytest.approx(0.010)
+        assert arms[arm]["handoff_s"]["mean"] == pytest.approx(handoff)
+        assert arms[arm]["completed"] == 15
+    rows = read_workloads(tmp_path / WORKLOADS)[0].rows
+    total = sum(0.010 + 0.002 * (row.max_tokens - 1) for row in rows) / 5
+    assert arms["2C"]["total_s"]["mean"] == pytest.approx(total)
+    assert part["relative_difference"]["estimate"] == pytest.approx(0.003 / total)
+    assert part["handoff_share"] == pytest.approx(0.003 / (total + 0.003))
+    assert part["verdict"]["kind"] == "worse"
+    assert [each["rate"] for each in summary["concurrent"]] == [20.0, 60.0]
+    for each in summary["concurrent"]:
+        assert each["arms"]["2C"]["ttft_s"] == each["arms"]["1P1D"]["ttft_s"]
+        assert each["verdicts"]["ttft_s"]["kind"] == "equal"
+        assert each["arms"]["2C"]["failed"] == 0
+        assert each["void"] == []
+    assert summary["void"] == []
+    assert summary["capacity"][0]["rate"] == pytest.approx(100, rel=0.05)
+    assert all(fake.closed for fake in started)
+
+
+def test_summary_has_the_agreed_keys(tmp_path):
+    """The keys that reports and other tools rely on."""
+    _, summary, _ = _compare(tmp_path)
+    stat = {"mean", "p50", "p90", "p99"}
+    assert {"config", "environment", "sequential", "concurrent"} <= set(summary)
+    arm = summary["sequential"]["arms"]["1P1D"]
+    assert all(stat <= set(arm[key]) for key in ("total_s", "prefill_s", "decode_s", "handoff_s"))
+    assert {"estimate", "low", "high"} <= set(summary["sequential"]["relative_difference"])
+    assert summary["sequential"]["verdict"]["sentence"]
+    for part in summary["concurrent"]:
+        assert {"rate", "arms", "difference", "verdict"} <= set(part)
+        for each in part["arms"].values():
+            assert all(stat <= set(each[key]) for key in ("ttft_s", "tpot_s", "itl_s", "e2e_s"))
+            assert {"throughput_tok_s", "goodput", "completed", "failed"} <= set(each)
+
+
+def test_every_arm_meets_the_same_requests_in_mixed_order(tmp_path):
+    """Same arrivals and prompts in both arms of a repeat, other ones in another repeat; the order of arms changes."""
+    run, _, _ = _compare(tmp_path, msgspec.structs.replace(QUICK, repeats=6))
+    records = [record for record in read_records(tmp_path / RECORDS) if record.phase == "concurrent"]
+    plans: dict[tuple, set] = {}
+    for block in run.blocks[10:-2]:  # the sequential ones come first and last
+        rows = [r for r in records if (r.arm, r.rate, r.repeat) == (block.arm, block.rate, block.repeat)]
+        origin = rows[0].scheduled_at
+        plan = tuple((row.prompt_len, row.max_tokens, round(row.scheduled_at - origin, 6)) for row in rows)
+        plans.setdefault((block.rate, block.repeat), set()).add(plan)
+    assert all(len(each) == 1 for each in plans.values())
+    assert len({plan for each in plans.values() for plan in each}) == 12
+    firsts = [block.arm for block in run.blocks[10:-2:2]]
+    assert set(firsts) == {"2C", "1P1D"}
+    assert run.blocks[-1].phase == "sequential"
+
+
+def test_everything_is_rebuilt_from_the_folder(tmp_path):
+    """`disagg report` needs records and run only: the same summary to the last digit."""
+    _, summary, _ = _compare(tmp_path)
+    (tmp_path / SUMMARY).unlink()
+    assert read_summary(tmp_path) == summary
+    assert msgspec.json.decode((tmp_path / SUMMARY).read_bytes()) == summary
+    with pytest.raises(InputError, match="folder that compare has written"):
+        read_summary(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_it_can_be_printed(tmp_path, lang):
+    """The tables hold the published figures beside ours and end with verdict and folder, in both languages."""
+    _, summary, _ = _compare(tmp_path)
+    console = Console(record=True, width=160, file=io.StringIO())
+    show(summary, tmp_path, console, lang)
+    text = console.export_text()
+    for expected in ("182.3", "156.7", "58.2", "124.1", "12.3", "-14.04%", "1P1D", str(tmp_path)):
+        assert expected in text
+
+
+def test_different_tokens_make_the_run_void(tmp_path):
+    """Arms that do not give the same tokens did not do the same work: no verdict."""
+    _, summary, _ = _compare(tmp_path, disagg_options={"wrong_tokens": True})
+    assert summary["token_mismatches"]["1P1D"] > 15
+    assert [reason["key"] for reason in summary["void"]] == ["tokens"]
+    assert summary["overall"]["key"] == "overall_void"
+
+
+def test_failures_make_their_part_void(tmp_path):
+    """Errors are no result; the reason is shown. Requests past their deadline are a result: misses."""
+    _, summary, _ = _compare(tmp_path, disagg_options={"failing": frozenset({3})})
+    assert {reason["key"] for reason in summary["sequential"]["void"]} == {"failures"}
+    assert "out of luck" in summary["concurrent"][0]["void"][0]["text"]
+
+
+def test_a_missed_deadline_is_a_result(tmp_path):
+    """An arm that cannot keep up has misses, not a void run."""
+    _, summary, _ = _compare(tmp_path, disagg_options={"stuck": frozenset({20})})
+    for part in summary["concurrent"]:
+        assert part["void"] == []
+        assert part["arms"]["1P1D"]["failed"] == 3
+        assert part["arms"]["1P1D"]["goodput"]["share"] < 1
+
+
+def test_a_late_client_makes_its_part_void(tmp_path):
+    """When sending itself takes 40 ms, lateness is ours and the rate was not what was asked."""
+    _, summary, _ = _compare(tmp_path, submit_s=0.040)
+    assert summary["concurrent"][-1]["void"][0]["key"] == "late"
+    assert summary["overall"]["key"] == "overall_void"
+
+
+def _run(arms=("2C", "1P1D"), **settings):
+    chosen = Settings(arms=arms, **settings)
+    return Run(command="", settings=chosen, arms=make_arms(chosen, (0, 1)), environment={}, complete=True)
+
+
+def _record(arm, repeat, seconds, index=0):
+    return Record(
+        request_id=f"{arm}{repeat}{index}",
+        index=index,
+        prompt_len=3,
+        arm=arm,
+        phase="sequential",
+        repeat=repeat,
+        finish_reason="length",
+        token_at=[seconds / 2, seconds],
+    )
+
+
+def test_drift_between_first_and_last_repeat():
+    """The same requests 40 % slower at the end: the machine changed, whatever the arms did."""
+    steady = [_record("2C", repeat, 1.0) for repeat in range(3)]
+    assert run_guards(steady, _run()) == []
+    (broken,) = run_guards([*steady, _record("2C", 3, 1.4)], _run())
+    assert (broken.key, broken.values["change"]) == ("drift", pytest.approx(0.4))
+
+
+def test_an_interrupted_run_is_void():
+    """What was measured is kept and shown, without a verdict."""
+    run = _run()
+    run.complete = False
+    summary = summarize([_record("2C", 0, 1.0), _record("1P1D", 0, 1.1)], run)
+    assert summary["void"][0]["key"] == "incomplete"
+    assert summary["sequential"]["arms"]["2C"]["total_s"]["mean"] == 1.0
+
+
+def test_a_missing_record_is_noticed(tmp_path):
+    """Every request of every block must have left one record."""
+    run, _, _ = _compare(tmp_path)
+    records = list(read_records(tmp_path / RECORDS))
+    assert [each.key for each in run_guards(records[:-1], run)] == ["missing"]
+
+
+def test_parity(tmp_path):
+    """Arms on different budgets are refused, with what differs, unless that is wanted and then stated."""
+    settings = msgspec.structs.replace(QUICK, arms=("1C@cpu:1", "1P1D"))
+    with pytest.raises(InputError, match=r"devices is cpu:\[0, 1\] in 1P1D, cpu:\[0\] in 1C@cpu:1.*--allow-unequal"):
+        _compare(tmp_path, settings)
+    _, summary, _ = _compare(tmp_path, msgspec.structs.replace(settings, allow_unequal=True))
+    assert summary["parity"][0]["field"] == "devices"
+    assert "unequal" in {note["key"] for note in summary["notes"]}
+
+
+def test_a_tuned_chunk_size_is_listed_and_allowed():
+    """It differs on purpose; any other engine setting would be refused."""
+    arms = _run().arms
+    other = msgspec.structs.replace(arms[0], engine=EngineSpec(max_batch_tokens=128))
+    (found,) = differences([other, arms[1]], tuned=["2C"])
+    assert (found.field, found.ours, found.theirs, found.tuned) == ("max_batch_tokens", "128", "512", True)
+    assert not differences([other, arms[1]])[0].tuned
+
+
+def test_impossible_arms():
+    """A comparison needs both kinds; every arm must fit its budget."""
+    with pytest.raises(InputError, match="compares nothing"):
+        _run(arms=("2C", "1C"))
+    with pytest.raises(BudgetError, match="not understood"):
+        _run(arms=("2C", "2X"))
+    with pytest.raises(BudgetError, match="3 core"):
+        _run(budget="cpu:3")
+    with pytest.raises(InputError, match="twice"):
+        _run(arms=("2C", "2C", "1P1D"))
+
+
+def test_the_better_colocated_arm_is_the_opponent():
+    """Of 1C and 2C the faster one is compared against, and the report says which."""
+    records = [
+        _record(arm, repeat, seconds + repeat / 100)
+        for repeat in range(3)
+        for arm, seconds in (("2C", 1.0), ("1C", 0.8), ("1P1D", 1.1))
+    ]
+    part = summarize(records, _run(arms=("2C", "1C", "1P1D")))["sequential"]
+    assert part["base"] == "1C"
+    assert "1C" in part["why"][-1]["text"]
+
+
+def test_tuning(tmp_path):
+    """The colocated arm is restarted with each size, every start is stopped again, and the choice is stated."""
+    settings = msgspec.structs.replace(QUICK, tune=True)
+    run, summary, started = _compare(tmp_path, settings)
+    assert [trial.max_batch_tokens for trial in run.tuning] == [512, 256, 128, 64]
+    assert run.arms[0].engine.max_batch_tokens == 512  # the fake does not care, so what was asked for stays
+    assert all(fake.closed for fake in started)
+    assert "tuned" in {note["key"] for note in summary["notes"]}
+
+
+def test_best_trial():
+    """Goodput first; within two points, latency; and noise moves nothing."""
+    asked = Trial(512, 0.90, 1.0)
+    assert stages.best_trial([asked, Trial(256, 0.91, 0.97)]) == asked
+    assert stages.best_trial([asked, Trial(256, 0.95, 1.5)]).max_batch_tokens == 256
+    assert stages.best_trial([asked, Trial(256, 0.90, 0.9)]).max_batch_tokens == 256
+    assert stages.best_trial([asked, Trial(256, 0.80, 0.5)]) == asked
+
+
+def test_default_slo():
+    """TTFT 0.5 s and TPOT 0.5 s unloaded: limits of ten and three times that, in two digits."""
+    slo, note = stages.default_slo("2C", [_record("2C", 0, 1.0)])
+    assert slo == SLO(ttft_s=5.0, tpot_s=1.5)
+    assert note.values["ttft_ms"] == 5000
+    odd, _ = stages.default_slo("2C", [_record("2C", 0, 0.01234)])
+    assert odd.ttft_s == pytest.approx(0.062)
+
+
+def test_rates_and_durations():
+    """Loads times the capacity; the time budget divided over the blocks; never too few requests."""
+    capacity = _capacity(50.0)
+    assert stages.choose_rates(Settings(), capacity) == [20.0, 30.0, 40.0, 45.0]
+    assert stages.choose_rates(Settings(rates=(9.0, 3.0)), capacity) == [3.0, 9.0]
+    assert stages.choose_duration(Settings(), [20.0, 45.0], 200.0, 0.5) == pytest.approx(0.9 * 200 / 20 - 0.5)
+    assert stages.choose_duration(Settings(), [2.0], 1.0, 0.5) == 6.0
+    assert stages.choose_duration(Settings(duration_s=3.0), [2.0], 1.0, 0.5) == 3.0
+
+
+def _capacity(rate):
+    from disagg.measure.run import Capacity
+
+    return Capacity("2C", rate, 30 * rate, 32, 3.0)
+
+
+def test_workers_are_stopped_when_a_run_breaks(tmp_path, monkeypatch):
+    """Whatever ends it, every cluster is closed and the folder says that it is incomplete."""
+    closed = []
+    monkeypatch.setattr(FakeCluster, "close", lambda self: closed.append(self.deployment.name))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "measure_capacity", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _compare(tmp_path)
+    assert sorted(closed) == ["1P1D", "2C"]
+    assert not read_run(tmp_path).complete
+    assert len(list(read_records(tmp_path / RECORDS))) == 20
