@@ -17,6 +17,7 @@ from disagg.cluster.cluster import Cluster, Update
 from disagg.config import Budget, Deployment, EngineSpec
 from disagg.engine.batch import TokenLogprobs
 from disagg.errors import InputError, RequestError
+from disagg.model.tokenizer import Detokenizer, NoTokenizer
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
 from disagg.text import TextStream
@@ -91,13 +92,11 @@ class LLM:
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for `generate`."""
-        if self.tokenizer is None:
-            raise RequestError("This model has no tokenizer and so no chat template: give lists of token ids.")
-        return list(self.tokenizer.chat(messages))
+        return self.tokenizer.chat(messages)
 
     def _run(self, completions: list[Completion], params: list[SamplingParams]) -> Iterator[Delta]:
         prompts = [self._encode(completion.prompt) for completion in completions]
-        streams = [self._text_stream(each) for each in params]
+        streams = [self._text_stream(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         live: dict[str, int] = {}
         try:
             for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
@@ -114,43 +113,33 @@ class LLM:
             for request_id in live:
                 self.cluster.abort(request_id)
 
-    def _take(self, completion: Completion, stream: TextStream | None, update: Update) -> str:
+    def _take(self, completion: Completion, stream: TextStream, update: Update) -> str:
         """Add what is new and return its text. A stop string ends the request, with the token that completed it."""
         text = ""
         record = update.record
-        if stream is None:
-            completion.token_ids += update.tokens
-        else:
-            for token in update.tokens:
-                completion.token_ids.append(token)
-                text += stream.push([token])
-                if stream.stopped:
-                    record = record or self.cluster.abort(update.request_id, FinishReason.STOP)
-                    break
-            if record is not None and not stream.stopped:
-                text += stream.push([], final=True)
+        for token in update.tokens:
+            completion.token_ids.append(token)
+            text += stream.push([token])
+            if stream.stopped:
+                record = record or self.cluster.abort(update.request_id, FinishReason.STOP)
+                break
+        if record is not None:
+            text += stream.push([], final=True)
         if any(update.logprobs):
             completion.logprobs = (completion.logprobs or []) + [one for one in update.logprobs if one is not None]
         completion.text += text
         if record is not None:
-            stopped = stream is not None and stream.stopped
-            completion.finish_reason = FinishReason.STOP if stopped else record.finish_reason
+            completion.finish_reason = FinishReason.STOP if stream.stopped else record.finish_reason
             completion.record = record
         return text
 
-    def _text_stream(self, params: SamplingParams) -> TextStream | None:
-        if self.tokenizer is None:
-            if params.stop:
-                raise RequestError("Stop strings need a tokenizer and this model has none: use stop_token_ids.")
-            return None
-        return TextStream(self.tokenizer.detokenizer(), params.stop)
+    def _text_stream(self, prompt: list[int], params: SamplingParams) -> TextStream:
+        if params.stop and isinstance(self.tokenizer, NoTokenizer):
+            raise RequestError("Stop strings need a tokenizer and this model has none: use stop_token_ids.")
+        return TextStream(Detokenizer(self.tokenizer, prompt), params.stop)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise RequestError("This model has no tokenizer: give the prompt as a list of token ids.")
-        return list(self.tokenizer.encode(prompt))
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

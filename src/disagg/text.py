@@ -11,7 +11,7 @@ class Detokenizes(Protocol):
         """Text that is complete now."""
         ...
 
-    def finish(self) -> str:
+    def flush(self) -> str:
         """What was held back, at the end."""
         ...
 
@@ -35,7 +35,7 @@ class TextStream:
             return ""
         self._held += self._detokenizer.push(ids)
         if final:
-            self._held += self._detokenizer.finish()
+            self._held += self._detokenizer.flush()
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True

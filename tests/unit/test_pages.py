@@ -234,4 +234,4 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase
-TestPagePoolMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPagePoolMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -512,6 +512,17 @@ def test_adoption_with_wrong_counts_is_an_invariant_error(num_computed: int, num
     worker.scheduler.check(others=wanted.pages)
 
 
+def test_running_request_cannot_be_adopted_again() -> None:
+    """A repeated message is refused and changes nothing."""
+    worker = FakeWorker()
+    wanted = request("a", 6)
+    worker.adopt(wanted, num_computed=5)
+    with pytest.raises(RequestError, match="in use"):
+        worker.scheduler.adopt(wanted)
+    assert worker.scheduler.num_running == 1
+    worker.scheduler.check()
+
+
 # Prefix caching
 
 
@@ -725,7 +736,7 @@ MAX_LEN = 24  # six pages: any one request fits the smallest pool
 
 
 @given(OPTIONS, st.lists(st.tuples(PROMPTS, st.integers(1, 10)), min_size=1, max_size=8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_tokens_do_not_depend_on_scheduling(options: dict, wishes: list[tuple[list[int], int]]) -> None:
     """Chunk size, budget, preemption, sharing and company change when a token is computed, never which."""
     worker = FakeWorker(max_len=MAX_LEN, **options)
@@ -829,4 +840,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)

@@ -53,7 +53,7 @@ def _compare(folder, settings=QUICK, **options):
 
 def test_the_truth_comes_out(tmp_path):
     """Fakes with a hand-off of 3 ms and nothing else between them: every number is known, and found."""
-    run, summary, started = _compare(tmp_path)
+    _, summary, started = _compare(tmp_path)
     part = summary["sequential"]
     arms = part["arms"]
     for arm, handoff in (("2C", 0.0), ("1P1D", 0.003)):
@@ -68,7 +68,7 @@ def test_the_truth_comes_out(tmp_path):
     assert part["verdict"]["kind"] == "worse"
     assert [each["rate"] for each in summary["concurrent"]] == [20.0, 60.0]
     for each in summary["concurrent"]:
-        assert each["arms"]["2C"]["ttft_s"] == each["arms"]["1P1D"]["ttft_s"]
+        assert each["arms"]["2C"]["ttft_s"] == pytest.approx(each["arms"]["1P1D"]["ttft_s"])
         assert each["verdicts"]["ttft_s"]["kind"] == "equal"
         assert each["arms"]["2C"]["failed"] == 0
         assert each["void"] == []
@@ -280,9 +280,29 @@ def test_rates_and_durations():
     capacity = _capacity(50.0)
     assert stages.choose_rates(Settings(), capacity) == [20.0, 30.0, 40.0, 45.0]
     assert stages.choose_rates(Settings(rates=(9.0, 3.0)), capacity) == [3.0, 9.0]
-    assert stages.choose_duration(Settings(), [20.0, 45.0], 200.0, 0.5) == pytest.approx(0.9 * 200 / 20 - 0.5)
-    assert stages.choose_duration(Settings(), [2.0], 1.0, 0.5) == 6.0
-    assert stages.choose_duration(Settings(duration_s=3.0), [2.0], 1.0, 0.5) == 3.0
+    assert stages.choose_duration(Settings(), [20.0, 45.0], 200.0, 20, 0.5) == pytest.approx(0.95 * 200 / 20 - 0.5)
+    assert stages.choose_duration(Settings(), [2.0], 1.0, 20, 0.5) == 6.0
+    assert stages.choose_duration(Settings(duration_s=3.0), [2.0], 1.0, 20, 0.5) == 3.0
+
+
+def test_a_slow_model_gets_fewer_requests_and_says_so():
+    """A request of 0.1 s fits; one of 5 s leaves 4 requests and 3 repeats; what the caller chose is never lowered."""
+    assert stages.fit_sequential(Settings(), 0.1) == (Settings(), [])
+    fitted, notes = stages.fit_sequential(Settings(), 5.0)
+    assert (fitted.requests, fitted.repeats) == (4, 3)
+    assert {note.values["what"] for note in notes} == {"requests", "repeats"}
+    chosen = Settings(given=("requests", "repeats"))
+    assert stages.fit_sequential(chosen, 5.0) == (chosen, [])
+
+
+def test_a_slow_model_gets_fewer_loads_and_says_so():
+    """At 50 requests/s all four fit; at 1 request/s those nearest 0.8 are kept."""
+    assert stages.fit_loads(Settings(), _capacity(50.0), 200.0, 0.5) == (Settings(), [])
+    fitted, (note,) = stages.fit_loads(Settings(), _capacity(1.0), 450.0, 2.0)
+    assert fitted.loads == (0.8, 0.9)
+    assert note.values["after"] == "0.8, 0.9"
+    chosen = Settings(rates=(1.0,))
+    assert stages.fit_loads(chosen, _capacity(0.01), 200.0, 0.5) == (chosen, [])
 
 
 def _capacity(rate):

@@ -71,9 +71,7 @@ engine_options = _options(
 )
 
 workload_options = _options(
-    click.option(
-        "--requests", type=int, default=_SETTINGS.requests, show_default=True, help="Of the one-at-a-time part."
-    ),
+    click.option("--requests", type=int, help=f"Of the one-at-a-time part (default: {_SETTINGS.requests})."),
     click.option(
         "--prompt-len", default=str(_SHAPE.prompt), show_default=True, help="512, 10:99 or lognormal:MEAN:CV."
     ),
@@ -142,6 +140,7 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
     )
     folder = _make_folder(out, settings.engine.model)
     console = Console(stderr=True)
+    console.print(_headline(run), style="bold", highlight=False)
     with _Bar(console) as bar:
         summary = measure(run, folder, Cluster, WallClock(), bar)
         bar.stage("report")
@@ -167,8 +166,8 @@ def _settings(options: dict[str, Any]) -> runs.Settings:
         max_batch_tokens=options["max_batch_tokens"],
     )
     chosen: dict[str, Any] = dict(QUICK) if options["quick"] else {}
-    if options["repeats"] is not None:
-        chosen["repeats"] = options["repeats"]
+    given = [name for name in ("requests", "repeats") if options[name] is not None]
+    chosen |= {name: options[name] for name in given}
     if options["no_tune"]:
         chosen["tune"] = False
     return runs.Settings(
@@ -180,7 +179,7 @@ def _settings(options: dict[str, Any]) -> runs.Settings:
         trace=options["trace"] or "",
         trace_limit=options["trace_limit"],
         length_scale=options["length_scale"],
-        requests=options["requests"],
+        given=tuple(given),
         rates=tuple(options["rates"]),
         duration_s=options["duration"],
         slo=None if options["slo"] is None else SLO.parse(options["slo"]),
@@ -189,6 +188,17 @@ def _settings(options: dict[str, Any]) -> runs.Settings:
         lang=options["lang"],
         **chosen,
     )
+
+
+def _headline(run: runs.Run) -> str:
+    """What is compared on what, in one line."""
+    engine, unit = run.settings.engine, {"cpu": "core", "cuda": "GPU"}
+    placed = []
+    for arm in run.arms:
+        kind = unit[arm.deployment.budget.kind]
+        homes = (f"{worker.name} on {kind} {'+'.join(map(str, worker.devices))}" for worker in arm.deployment.workers)
+        placed.append(f"{arm.name} ({', '.join(homes)})")
+    return f"{engine.model}, {engine.dtype}, seed {run.settings.seed}: {' against '.join(placed)}"
 
 
 def _make_folder(out: Path | None, model: str) -> Path:

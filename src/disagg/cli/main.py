@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. An error is one sent
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -57,7 +58,13 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(args))
+
+
+def _terminate(number: int, frame: object) -> None:
+    """Leave as Ctrl-C does, so that workers are stopped and nothing is left behind."""
+    raise KeyboardInterrupt
 
 
 def run(args: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ transport's thread.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,11 @@ class Worker:
         self._offered: set[str] = set()  # of those, the ones whose decode worker was told
         self._outgoing = m.Progress(self._me, [], [])
 
-    def run(self, parent_fd: int, wake_fd: int) -> None:
-        """Loop until told to stop or until `parent_fd` closes. `wake_fd`: an eventfd that ends the inbox's wait."""
+    def run(self, parent_fd: int, wake_fd: int) -> bool:
+        """Loop until told to stop (True) or until `parent_fd` closes because the front end is gone (False).
+
+        `wake_fd` is an eventfd that ends the inbox's wait.
+        """
         self._mailbox.watch(parent_fd)
         self._mailbox.watch(wake_fd)
         self._mailbox.send(FRONT, self._hello)
@@ -97,12 +101,12 @@ class Worker:
         while True:
             messages, readable = self._mailbox.receive(0 if busy else _IDLE_S)
             if parent_fd in readable:
-                return
+                return False
             if wake_fd in readable:
                 os.eventfd_read(wake_fd)
             for message in messages:
                 if isinstance(message, m.Stop):
-                    return
+                    return True
                 self._on_message(message)
             self._taking.tick()
             for orphan in self._giving.tick():
@@ -259,25 +263,18 @@ def build(config: WorkerConfig, mailbox: Mailbox, wake: Callable[[], None]) -> W
         max_len=engine.max_len,
     )  # fmt: skip
     spec = loaded.spec
-    shape = {
-        "num_layers": spec.num_layers,
-        "num_kv_heads": spec.num_kv_heads,
-        "page_size": engine.page_size,
-        "head_dim": spec.head_dim,
-        "dtype": KV_DTYPE,
-    }
-    layout = Layout(model=fingerprint(engine), **shape)
+    layout = Layout(
+        model=loaded.fingerprint, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads,
+        page_size=engine.page_size, head_dim=spec.head_dim, dtype=loaded.kv_dtype,
+    )  # fmt: skip
     transport = SharedMemoryTransport(config.num_pages, layout.page_bytes, wake)
-    runner = Runner(loaded, KVStorage(**shape, num_pages=config.num_pages, buffer=transport.pages))
+    runner = Runner(loaded, KVStorage(
+        num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+        page_size=engine.page_size, num_pages=config.num_pages, dtype=loaded.kv_dtype, buffer=transport.pages,
+    ))  # fmt: skip
     runner.warm_up()
     hello = m.Hello(config.worker, transport.address(), layout, config.num_pages)
     return Worker(config, hello, mailbox, runner, transport)
-
-
-def fingerprint(engine: EngineSpec) -> str:
-    """What decides the numbers in a page: equal text means the same model with the same weights."""
-    random = f", random weights {engine.weights_seed}" if engine.random_weights else ""
-    return f"{engine.model}, {engine.dtype} weights{random}"
 
 
 def main() -> None:
@@ -291,7 +288,8 @@ def main() -> None:
     except DisaggError as error:
         mailbox.send(FRONT, m.StartFailed(config.worker, str(error), isinstance(error, InputError)))
         raise
-    worker.run(sys.stdin.fileno(), wake_fd)
+    if not worker.run(sys.stdin.fileno(), wake_fd):
+        shutil.rmtree(config.folder, ignore_errors=True)  # nobody else is left to do it
 
 
 if __name__ == "__main__":

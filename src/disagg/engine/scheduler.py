@@ -15,8 +15,8 @@ The life of a request:
 5. `plan` takes all of `_ready` in every step, one position each: back to 4. A request whose pages are full gets one
    more. If none is left, the youngest running request is preempted: pages released, back to 1 with its old age.
 
-`adopt` enters at 5 with pages filled by another worker, or from HOLDING. `abort` leaves from anywhere; pages that a step
-in flight may still write are released when it is committed.
+`adopt` enters at 5 with pages filled by another worker, or from HOLDING. `abort` leaves from anywhere; pages that a
+step in flight may still write are released when it is committed.
 
 Counts advance in `plan`, tokens arrive in `commit`, and batches are committed in the order they were planned. So steps
 may be planned ahead; for now a request whose token is still to come is left out of the next plan.

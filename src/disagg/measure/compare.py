@@ -27,9 +27,11 @@ from disagg.measure.run import RECORDS, WORKLOADS, Arm, Block, Run, Settings, wr
 from disagg.measure.sources import Source, make_source
 from disagg.measure.summary import summarize, write_summary
 from disagg.record import Record, write_records
-from disagg.workload.workload import Limits, Note, Workload, write_workloads
+from disagg.workload.workload import Limits, Note, Row, Workload, write_workloads
 
-CAPACITY_S, TUNE_S = 3.0, 2.5
+WARM_UP, PROBE = 8, 3  # requests
+CAPACITY_S, TUNE_S, TUNE_LIMIT_S = 3.0, 2.5, 8.0
+TAIL = 3.0  # a block ends about so many unloaded request times after its last arrival
 CLOSING_S = 3.0  # kept back for stopping the workers and writing the summary
 
 
@@ -100,7 +102,7 @@ class _Comparison:
     """The live side of a Run: its clusters and what they have recorded so far."""
 
     def __init__(self, run: Run, folder: Path, start: Start, clock: Clock, progress: Progress) -> None:
-        self.run, self.settings, self.folder = run, run.settings, folder
+        self.run, self.folder = run, folder
         self.start, self.clock, self.progress = start, clock, progress
         self.clusters: dict[str, Served] = {}
         self.records: list[Record] = []
@@ -112,15 +114,33 @@ class _Comparison:
         self._start_all()
         source = make_source(self.settings, self._limits())
         self._write_facts()
+        self.progress.stage("warm up", len(self.run.arms))
+        for arm in self.run.arms:
+            self._warm_up(arm, source.alone(WARM_UP))
+            self.progress.step()
+        self._resolve(*stages.fit_sequential(self.settings, self._probe(source)))
         alone = source.alone(self.settings.requests)
-        self._warm_up(alone, self.run.arms)
+        num_first = max(1, self.settings.repeats - 1)
         before_at = self.clock.now()
-        self._sequential(alone, range(max(1, self.settings.repeats - 1)))
-        once_s = (self.clock.now() - before_at) / max(1, self.settings.repeats - 1)
-        self._decide(source)
-        self._concurrent(source, closing_s=once_s + CLOSING_S)
-        self._sequential(alone, range(max(1, self.settings.repeats - 1), self.settings.repeats))
+        self._sequential(alone, range(num_first))
+        closing_s = CLOSING_S + (self.clock.now() - before_at) / num_first
+        self._decide(source, closing_s)
+        self._concurrent(source, closing_s)
+        self._sequential(alone, range(num_first, self.settings.repeats))
         self.run.took_s = self.clock.now() - self.begun_at
+
+    @property
+    def settings(self) -> Settings:
+        """The settings as far as they are resolved."""
+        return self.run.settings
+
+    def _resolve(self, settings: Settings, notes: Sequence[Note]) -> None:
+        """Take settings that measuring has changed, and state how."""
+        self.run.settings = settings
+        self.run.notes += notes
+
+    def _remaining_s(self) -> float:
+        return self.settings.time_budget_s - (self.clock.now() - self.begun_at)
 
     def close(self) -> None:
         """Stop every cluster, also when stopping one of them fails."""
@@ -152,13 +172,17 @@ class _Comparison:
             self.run.notes.append(Note("unequal", values | {"theirs": found.theirs, "ours": found.ours}))
         write_run(self.folder, self.run)
 
-    def _warm_up(self, alone: Workload, arms: Sequence[Arm]) -> None:
-        """First calls compile and fault in memory; these requests are not recorded."""
-        few = msgspec.structs.replace(alone, rows=alone.rows[:8])
-        self.progress.stage("warm up", len(arms))
-        for arm in arms:
-            run_open_loop(self.clusters[arm.name], few, self.clock, Label(arm.name, "warm-up"))
-            self.progress.step()
+    def _warm_up(self, arm: Arm, workload: Workload) -> None:
+        """First calls compile and fault in memory; these short requests, all at once, are not recorded."""
+        short = [Row(row.index, 0.0, row.prompt[:128], min(8, row.max_tokens)) for row in workload.rows[:WARM_UP]]
+        few = msgspec.structs.replace(workload, rows=tuple(short))
+        run_open_loop(self.clusters[arm.name], few, self.clock, Label(arm.name, "warm-up"))
+
+    def _probe(self, source: Source) -> float:
+        """Seconds that one request takes alone on the first arm: decides how many can be afforded."""
+        name = self.run.arms[0].name
+        records = run_one_at_a_time(self.clusters[name], source.alone(PROBE), self.clock, Label(name, "probe"))
+        return metrics.e2e(records).mean or 0.0
 
     def _sequential(self, workload: Workload, repeats: Sequence[int]) -> None:
         """The same requests on every arm, one at a time."""
@@ -171,7 +195,7 @@ class _Comparison:
                 records = run_one_at_a_time(self.clusters[arm.name], workload, self.clock, label)
                 self._keep(records, Block(arm.name, "sequential", 0.0, repeat, len(workload.rows)))
 
-    def _decide(self, source: Source) -> None:
+    def _decide(self, source: Source, closing_s: float) -> None:
         """Default SLO, capacity, chunk size and rates, each by measuring. See `stages`."""
         run = self.run
         colocated = [arm for arm in run.arms if not arm.deployment.disaggregated]
@@ -193,10 +217,15 @@ class _Comparison:
             values: dict[str, float | int | str] = {"arm": found.arm, "rate": found.rate, "tokens": found.tokens_per_s}
             values |= {"in_flight": found.in_flight, "window_s": found.window_s}
             run.notes.append(Note("capacity", values))
-        if self.settings.tune:
-            self._tune(source)
+        rate, asked = stages.TUNE_LOAD * run.capacity[0].rate, self.settings.engine.max_batch_tokens
+        if not self.settings.tune:
+            run.notes.append(Note("not_tuned", {"value": asked}))
+        elif stages.MIN_REQUESTS / rate > TUNE_LIMIT_S:
+            run.notes.append(Note("tune_slow", {"value": asked, "rate": rate}))
         else:
-            run.notes.append(Note("not_tuned", {"value": self.settings.engine.max_batch_tokens}))
+            self._tune(source)
+        tail_s = TAIL * max(unloaded.values())
+        self._resolve(*stages.fit_loads(self.settings, run.capacity[0], self._remaining_s() - closing_s, tail_s))
         run.rates = stages.choose_rates(self.settings, run.capacity[0])
 
     def _tune(self, source: Source) -> None:
@@ -227,18 +256,20 @@ class _Comparison:
         self.run.arms[place] = msgspec.structs.replace(arm, engine=engine)
         self.clusters[arm.name].close()
         self.clusters[arm.name] = self.start(arm.deployment, engine)
-        few = msgspec.structs.replace(workload, rows=workload.rows[:8])
-        run_open_loop(self.clusters[arm.name], few, self.clock, Label(arm.name, "warm-up"))
+        self._warm_up(self.run.arms[place], workload)
 
     def _concurrent(self, source: Source, closing_s: float) -> None:
         """Open loop: every repeat meets every rate, every arm meets the same requests, in random order."""
         run, settings = self.run, self.settings
-        tail_s = 3 * (metrics.e2e(self.records).p90 or 0.0)
-        remaining_s = settings.time_budget_s - (self.clock.now() - self.begun_at) - closing_s
-        run.duration_s = stages.choose_duration(settings, run.rates, remaining_s, tail_s)
-        write_run(self.folder, run)
-        self.progress.stage("under load", settings.repeats * len(run.rates) * len(run.arms))
+        tail_s = TAIL * (metrics.e2e(self.records).mean or 0.0)
+        per_repeat = len(run.rates) * len(run.arms)
+        self.progress.stage("under load", settings.repeats * per_repeat)
         for repeat in range(settings.repeats):
+            # Shorter blocks when the earlier ones took longer than foreseen; within a repeat all arms have the same.
+            num_left = (settings.repeats - repeat) * per_repeat
+            allowed_s = stages.choose_duration(settings, run.rates, self._remaining_s() - closing_s, num_left, tail_s)
+            run.duration_s = min(run.duration_s or allowed_s, allowed_s)
+            write_run(self.folder, run)
             for rate in self.random.sample(run.rates, len(run.rates)):
                 workload = source.stream(rate, run.duration_s, repeat)
                 self._keep_workload(workload)

@@ -24,7 +24,7 @@ def draw_distributions(scene: Scene) -> Figure | None:
     if not scene.rates:
         return None
     words, rates = scene.words, scene.rates
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.35 * len(rates)))
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.05 * len(rates)))
     grid = figure.subplots(len(rates), 2, squeeze=False, sharex="col")
     for (left, right), rate in zip(grid, rates, strict=True):
         for arm in scene.arms:
@@ -72,9 +72,14 @@ def draw_against_rate(scene: Scene) -> Figure | None:
         axes.set_xlabel(words("axis.rate"))
         axes.xaxis.set_major_locator(FixedLocator(scene.rates))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: _plain(rate)))
-        axes.margins(x=0.08 if len(scene.rates) > 1 else 0.5)
+        axes.set_xlim(scene.rates[0] - 0.09 * _span(scene), scene.rates[-1] + 0.09 * _span(scene))
     figure.legend(handles=_rate_keys(scene), loc="outside upper left", ncols=8, handlelength=2.2, columnspacing=1.4)
     return figure
+
+
+def _span(scene: Scene) -> float:
+    """The width of the axis of rates; a single rate stands in the middle of one."""
+    return scene.rates[-1] - scene.rates[0] or 1.0
 
 
 def _rate_keys(scene: Scene) -> list[Line2D]:
@@ -105,7 +110,7 @@ def _percentile_ms(metric: str, percentile: str) -> Measure:
 
 def _curves(scene: Scene, axes: Axes, measure: Measure, name: str) -> None:
     """A curve per arm: the mean of `measure` over repeats at each rate, a bar for its interval."""
-    width = 0.016 * (scene.rates[-1] - scene.rates[0] or 1.0)  # apart, so that bars do not cover each other
+    width = 0.016 * _span(scene)  # apart, so that bars do not cover each other
     for place, arm in enumerate(scene.arms):
         nudge = width * (place - (len(scene.arms) - 1) / 2 + (0.35 if name == "p99" else 0.0))
         found = [(rate, across_repeats(scene.concurrent(arm, rate), measure)) for rate in scene.rates]

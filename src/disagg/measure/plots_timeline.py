@@ -116,7 +116,7 @@ def _concurrent(scene: Scene) -> Iterator[Record]:
 
 
 def draw_timeline(scene: Scene) -> Figure | None:
-    """Lanes of all workers, arm under arm; prefill and hand-off as bars, decoded tokens as ticks."""
+    """Lanes of all workers, arm under arm; prefill and hand-off as bars, decoded tokens as ticks. None without any."""
     stretch = find_stretch(scene)
     if stretch is None:
         return None
@@ -125,6 +125,8 @@ def draw_timeline(scene: Scene) -> Figure | None:
         for arm in scene.arms
     }
     lanes = {arm: lanes for arm, run in runs.items() if (lanes := _workers(run))}
+    if not lanes:
+        return None
     figure = Figure(figsize=(WIDTH, 1.25 + sum(0.55 + 0.55 * len(names) for names in lanes.values())))
     heights = [1 + len(names) for names in lanes.values()]
     grid = figure.subplots(len(lanes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]

@@ -19,12 +19,12 @@ from disagg.measure.plots_scene import PARTS, arm_colours, colocated
 from disagg.measure.run import RECORDS
 from disagg.measure.sentences import Lang
 from disagg.measure.summary import read_summary
-from disagg.measure.verdict import METRICS, Verdict
+from disagg.measure.verdict import Verdict
 from disagg.measure.words import Words
 from disagg.record import read_records
 
 PAGE = "report.html"
-_PAIRED = ("goodput", *(metric for metric in METRICS if metric != "goodput"))
+_PAIRED = ("goodput", "ttft_s", "tpot_s", "itl_p99_s", "e2e_s", "throughput")
 Plain = Mapping[str, Any]
 
 
@@ -68,6 +68,9 @@ def render(summary: Plain, images: Mapping[str, str], words: Words) -> str:
         flat_environment=list(flatten(summary["environment"])),
         colours=arm_colours(sorted(arms, key=lambda arm: not colocated(arm))),
         parts=PARTS,
+        workers={
+            arm["name"]: [each["name"] for each in arm["deployment"]["workers"]] for arm in summary["config"]["arms"]
+        },
     )
 
 
@@ -76,15 +79,21 @@ def milliseconds(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     value = 1e3 * seconds
-    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 or value == 0 else 3
+    if value == 0:
+        return "0"
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 3
     return f"{value:,.{decimals}f}"
 
 
-def percent(share: float | None, signed: bool = False) -> str:
+def percent(share: float | None) -> str:
     """A share as per cent with one decimal; a dash for nothing."""
-    if share is None:
-        return "–"
-    return f"{100 * share:+.1f} %" if signed else f"{100 * share:.1f} %"
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def change(share: float) -> str:
+    """A difference in hundredths with its sign: +2.2, -71.4, +361."""
+    decimals = 0 if abs(share) >= 1 else 1
+    return f"{round(100 * share, decimals) + 0.0:+.{decimals}f}"  # adding zero turns -0.0 into 0.0
 
 
 def flatten(tree: Plain, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -101,18 +110,12 @@ def flatten(tree: Plain, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _verdicts(summary: Plain, words: Words) -> Iterator[dict[str, str]]:
-    """The sentences of the box on top: one per rate, or the sequential one where there is no load phase."""
-    if summary["void"]:
-        return  # the box gives the reasons instead
-    parts = [(f"{each['rate']:.3g}", each) for each in summary["concurrent"]] or [("", summary["sequential"])]
-    for rate, part in parts:
-        if part["void"]:
-            reasons = " ".join(_told(each, words) for each in part["void"])
-            yield {"rate": rate, "kind": "void", "word": words("kind.void"), "text": reasons}
-        elif part["verdict"] is not None:
-            kind = part["verdict"]["kind"]
-            text = _sentence(part["verdict"], words)
-            yield {"rate": rate, "kind": kind, "word": words(f"kind.{kind}"), "text": text}
+    """The sentences of the box on top, one per rate. None where the whole run is void: the box gives the reasons."""
+    for part in [] if summary["void"] else summary["concurrent"]:
+        kind = "void" if part["void"] else part["verdict"]["kind"] if part["verdict"] else "open"
+        head = words("text.rate", rate=f"{part['rate']:.3g}", kind=words(f"kind.{kind}"))
+        reasons = " ".join(_told(each, words) for each in part["void"])
+        yield {"kind": kind, "head": head, "text": reasons or _sentence(part["verdict"], words)}
 
 
 def _told(note: Plain, words: Words) -> str:
@@ -120,7 +123,10 @@ def _told(note: Plain, words: Words) -> str:
     return sentences.say(note["key"], note["values"], words.lang)
 
 
-def _sentence(verdict: Plain, words: Words) -> str:
+def _sentence(verdict: Plain | None, words: Words) -> str:
+    """A verdict of the summary as a sentence; nothing where the arms allow none."""
+    if verdict is None:
+        return ""
     return sentences.sentence(msgspec.convert(verdict, Verdict), words.lang)
 
 
@@ -140,43 +146,34 @@ def _one_at_a_time(sequential: Plain, words: Words) -> dict[str, Any] | None:
         (words("table.ttft"), [_spread(arm["ttft_s"]) for arm in arms.values()], "", ""),
     ]
     table = [
-        (label, cells, *(milliseconds(published[key]) if key else "–" for key in (base, other)))
+        (label, cells, *(f"{1e3 * published[key]:.1f}" if key else "–" for key in (base, other)))
         for label, cells, base, other in rows
     ]
     shares = [(percent(arm["handoff_share"]), "") for arm in arms.values()]
     table.insert(4, (words("table.handoff_share"), shares, "–", percent(published["handoff_share"])))
     counts = [(f"{arm['completed']} / {arm['failed']}", "") for arm in arms.values()]
     table.append((words("table.num"), counts, "–", "–"))
-    return {
-        "arms": list(arms),
-        "rows": table,
-        "difference": _difference(sequential["relative_difference"], "e2e_s", words),
-        "published": percent(published["relative_difference"], signed=True),
-        "verdict": _sentence(sequential["verdict"], words) if sequential["verdict"] else "",
-    }
+    differences = [
+        _difference(sequential["relative_difference"] if name == sequential.get("other") else None, " %")
+        for name in arms
+    ]
+    table.append((words("table.relative"), differences, "–", change(published["relative_difference"]) + " %"))
+    return {"arms": list(arms), "rows": table, "verdict": _sentence(sequential["verdict"], words)}
 
 
 def _spread(stat: Plain) -> tuple[str, str]:
     """A mean, and the percentiles to print small beneath it."""
-    if stat["mean"] is None:
-        return "–", ""
+    if not stat["mean"]:
+        return milliseconds(stat["mean"]), ""
     return milliseconds(stat["mean"]), " / ".join(milliseconds(stat[name]) for name in ("p50", "p90", "p99"))
 
 
-def _difference(interval: Plain | None, metric: str, words: Words) -> tuple[str, str]:
-    """Estimate, and interval where there is one. Differences of goodput are in points of the share."""
+def _difference(interval: Plain | None, unit: str) -> tuple[str, str]:
+    """Estimate with its unit, and the interval in brackets where there is one."""
     if interval is None:
         return "–", ""
-    shown = _points if metric == "goodput" else lambda value: percent(value, signed=True)
-    if interval["low"] is None:
-        return shown(interval["estimate"]), ""
-    return shown(interval["estimate"]), words(
-        "table.interval", low=shown(interval["low"]), high=shown(interval["high"])
-    )
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
+    bounds = "" if interval["low"] is None else f"[{change(interval['low'])}, {change(interval['high'])}]"
+    return change(interval["estimate"]) + unit, bounds
 
 
 def _difference_row(part: Plain, words: Words) -> dict[str, Any]:
@@ -185,7 +182,7 @@ def _difference_row(part: Plain, words: Words) -> dict[str, Any]:
     for metric in _PAIRED:
         verdict = part["verdicts"].get(metric)
         kind = verdict["kind"] if verdict else ""
-        estimate, interval = _difference(part["differences"].get(metric), metric, words)
+        estimate, interval = _difference(part["differences"].get(metric), "" if metric == "goodput" else " %")
         cells.append(
             {"kind": kind, "word": words(f"kind.{kind}") if kind else "", "estimate": estimate, "of": interval}
         )
@@ -199,8 +196,8 @@ def _limits(slo: Plain) -> str:
     return ", ".join(f"{names[key]} ≤ {milliseconds(limit)} ms" for key, limit in slo.items() if limit is not None)
 
 
-def _unequal(found: Plain, words: Words) -> dict[str, str]:
+def _unequal(found: Plain, words: Words) -> str:
     """A setting in which an arm differs from the first one, and whether that is meant."""
     values = {key: found[key] for key in ("arm", "base", "field", "ours", "theirs")}
-    meant = words("text.tuned" if found["tuned"] else "text.unequal")
-    return {"text": sentences.say("unequal", values, words.lang), "meant": meant}
+    text = sentences.say("unequal", values, words.lang)
+    return words("text.tuned" if found["tuned"] else "text.unequal", text=text)

@@ -40,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slo: SLO | None = None
     seed: int = 42
     tune: bool = True
+    given: tuple[str, ...] = ()  # fields the caller chose, which no time budget may lower
     allow_unequal: bool = False
     lang: Literal["en", "zh"] = "en"
 

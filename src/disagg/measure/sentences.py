@@ -35,6 +35,7 @@ _VERDICT = {
         "worse": "{other} is worse than {base}: {metric} {estimate} ({interval}).",
         "equal": "No difference in {metric} larger than {bound} between {other} and {base}: {estimate} ({interval}).",
         "open": "Not resolved whether {other} or {base} is better: {metric} {estimate} ({interval}); {more}.",
+        "one": "about one more repeat needed",
         "more": "about {n} more repeats needed",
         "hopeless": "no practical number of repeats would settle it",
         "interval": "95 % interval {low} to {high}, {repeats} paired repeats",
@@ -45,6 +46,7 @@ _VERDICT = {
         "worse": "{other} 劣于 {base}：{metric} {estimate}（{interval}）。",
         "equal": "{other} 与 {base} 的{metric}差异不超过 {bound}：{estimate}（{interval}）。",
         "open": "尚不能判定 {other} 与 {base} 孰优：{metric} {estimate}（{interval}）；{more}。",
+        "one": "约需再重复一次",
         "more": "约需再重复 {n} 次",
         "hopeless": "无法用合理的重复次数判定",
         "interval": "95 % 置信区间 {low} 至 {high}，{repeats} 次配对重复",
@@ -77,6 +79,12 @@ SENTENCES: dict[str, dict[str, str]] = {
         "alive": "All arms stay loaded while one is driven; an idle worker sleeps and costs memory, not time.",
         "tuned": "{arm} runs with {value} tokens a step, the best of {tried} in a short search at 0.8 of its capacity.",
         "not_tuned": "The colocated chunk size was not searched ({value} tokens a step in every arm).",
+        "tune_slow": "The colocated chunk size was not searched: at {rate:.3g} requests/s the search would take too "
+        "long ({value} tokens a step in every arm).",
+        "reduced": "A request takes {alone_s:.1f} s alone, so {what} were lowered from {before} to {after}: give "
+        "--{what} to keep more.",
+        "fewer_loads": "At a capacity of {rate:.3g} requests/s the loads {before} would take too long; measured: "
+        "{after}. Give --rate to choose.",
         "capacity": "Capacity of {arm}: {rate:.3g} requests/s ({tokens:.4g} output tokens/s), with {in_flight} "
         "requests kept in flight for {window_s:.1f} s.",
         "slo_default": "SLO by default: TTFT {ttft_x:g} times and TPOT {tpot_x:g} times the unloaded median of {arm}, "
@@ -112,6 +120,9 @@ SENTENCES: dict[str, dict[str, str]] = {
         "alive": "驱动某一臂时，其余各臂保持加载；空闲的 worker 休眠，只占内存，不占时间。",
         "tuned": "{arm} 每步 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",
         "not_tuned": "未搜索合并部署的分块大小（各臂均为每步 {value} token）。",
+        "tune_slow": "未搜索合并部署的分块大小：在 {rate:.3g} 请求/s 下搜索耗时过长（各臂均为每步 {value} token）。",
+        "reduced": "单个请求独占需 {alone_s:.1f} s，故 {what} 从 {before} 降为 {after}：可用 --{what} 指定更多。",
+        "fewer_loads": "容量为 {rate:.3g} 请求/s 时，负载 {before} 耗时过长；实测：{after}。可用 --rate 指定。",
         "capacity": "{arm} 的容量：{rate:.3g} 请求/s（{tokens:.4g} 输出 token/s），在 {window_s:.1f} s 内保持 "
         "{in_flight} 个请求在途。",
         "slo_default": "默认 SLO：TTFT 为 {arm} 空载中位数的 {ttft_x:g} 倍，TPOT 为 {tpot_x:g} 倍，"
@@ -145,14 +156,14 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
         interval = words["interval"].format(
             low=shown(verdict.low, lang), high=shown(verdict.high, lang), repeats=verdict.repeats
         )
-    more = words["hopeless"] if verdict.n_more is None else words["more"].format(n=verdict.n_more)
+    more = words["hopeless" if verdict.n_more is None else "one" if verdict.n_more == 1 else "more"]
     return words[verdict.kind].format(
         base=verdict.base,
         other=verdict.other,
         metric=_METRIC[lang][verdict.metric],
         estimate=shown(verdict.estimate, lang),
         interval=interval,
-        more=more,
+        more=more.format(n=verdict.n_more),
         bound="" if verdict.bound is None else shown(verdict.bound, lang).lstrip("+"),
     )
 

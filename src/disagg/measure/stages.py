@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import msgspec
+
 from disagg.clock import Clock
 from disagg.config import SLO
 from disagg.measure import metrics
@@ -14,7 +16,40 @@ from disagg.workload.workload import Note, Workload
 
 SLO_TTFT_X, SLO_TPOT_X = 10.0, 3.0  # times the unloaded median; DistServe's "SLO scale", loose enough to be met at 0.4
 TUNE_LOAD = 0.8
+SEQUENTIAL_SHARE = 0.3  # of the time budget
 MIN_REQUESTS = 12  # a block with fewer says little, and may get none at all
+
+
+def fit_sequential(settings: Settings, alone_s: float) -> tuple[Settings, list[Note]]:
+    """Fewer requests, then fewer repeats, when a model is too slow for its share of the time budget; each is stated.
+
+    `alone_s` is what one request takes alone. What the caller chose is kept.
+    """
+    allowed_s = SEQUENTIAL_SHARE * settings.time_budget_s
+    fitted, notes = settings, []
+    for name, least in (("requests", 8), ("repeats", 3), ("requests", 4)):
+        now: int = getattr(fitted, name)
+        per_one_s = fitted.requests * fitted.repeats * len(fitted.arms) * alone_s / now
+        if per_one_s * now > allowed_s and now > least and name not in settings.given:
+            after = max(least, int(allowed_s / per_one_s))
+            fitted = msgspec.structs.replace(fitted, **{name: after})
+            notes.append(Note("reduced", {"what": name, "before": now, "after": after, "alone_s": alone_s}))
+    return fitted, notes
+
+
+def fit_loads(settings: Settings, capacity: Capacity, remaining_s: float, tail_s: float) -> tuple[Settings, list[Note]]:
+    """Fewer loads when MIN_REQUESTS at each would not fit into `remaining_s`: those nearest 0.8 are kept; stated."""
+    if settings.rates or "loads" in settings.given:
+        return settings, []
+    kept = sorted(settings.loads, key=lambda load: abs(load - TUNE_LOAD))
+    blocks = settings.repeats * len(settings.arms)
+    while len(kept) > 1 and blocks * sum(MIN_REQUESTS / load / capacity.rate + tail_s for load in kept) > remaining_s:
+        kept.pop()
+    if len(kept) == len(settings.loads):
+        return settings, []
+    before, after = (", ".join(f"{load:g}" for load in sorted(loads)) for loads in (settings.loads, kept))
+    note = Note("fewer_loads", {"before": before, "after": after, "rate": capacity.rate})
+    return msgspec.structs.replace(settings, loads=tuple(sorted(kept))), [note]
 
 
 def default_slo(arm: str, records: Sequence[Record]) -> tuple[SLO, Note]:
@@ -85,14 +120,15 @@ def choose_rates(settings: Settings, capacity: Capacity) -> list[float]:
     return sorted({float(f"{load * capacity.rate:.3g}") for load in settings.loads})
 
 
-def choose_duration(settings: Settings, rates: Sequence[float], remaining_s: float, tail_s: float) -> float:
-    """Seconds of arrivals in one block: what is left of the time budget, divided over the blocks.
+def choose_duration(
+    settings: Settings, rates: Sequence[float], remaining_s: float, num_blocks: int, tail_s: float
+) -> float:
+    """Seconds of arrivals in one block: what is left of the time budget, divided over the blocks still to run.
 
     `tail_s` is what a block takes beyond its arrivals. Never less than one second, nor than MIN_REQUESTS at the lowest
     rate, even if the budget does not allow it: too short a block would measure its own start and end.
     """
     if settings.duration_s is not None:
         return settings.duration_s
-    num_blocks = len(rates) * settings.repeats * len(settings.arms)
-    allowed = 0.9 * remaining_s / num_blocks - tail_s
+    allowed = 0.95 * remaining_s / num_blocks - tail_s
     return max(1.0, MIN_REQUESTS / rates[0], allowed)

@@ -1,4 +1,4 @@
-"""The numbers of a comparison: `summarize(records, run)`, a pure function, so a report can be rebuilt from its folder."""
+"""The numbers of a comparison: `summarize(records, run)`, a pure function, so reports are rebuilt from the folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +65,7 @@ def summarize(records: Sequence[Record], run: Run) -> dict[str, Any]:
         "void": _reasons([each for each in broken if not each.phase]),
     }
     summary["overall"] = _overall(concurrent, bool(summary["void"]))
-    plain: dict[str, Any] = msgspec.to_builtins(summary)
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(summary))  # lists, not tuples, as a reader has it
     return plain
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +21,9 @@ _WORDS: dict[str, dict[str, str]] = {
         "handoff_s": "hand-off",
         "share": "hand-off's share",
         "published": "published {kind}",
-        "colocated": "colocated",
-        "disaggregated": "disaggregated",
-        "p99": "total p50 / p90 / p99",
+        "colocated": "coloc.",
+        "disaggregated": "disagg.",
+        "p99": "p50 / p90 / p99",
         "difference": "Relative difference {other} / {base} - 1: {estimate:+.2%} ({low:+.2%} to {high:+.2%}); "
         "published: {published:+.2%}.",
         "difference_single": "Relative difference {other} / {base} - 1: {estimate:+.2%} (one repeat: no interval); "
@@ -36,6 +37,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "busy": "busy: prefill + decode",
         "slo": "A good request: {slo}.",
         "void": "VOID: {reason}",
+        "below": "see the end.",
         "folder": "Results: {folder}",
     },
     "zh": {
@@ -48,7 +50,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "published": "已发表（{kind}）",
         "colocated": "合并",
         "disaggregated": "分离",
-        "p99": "总延迟 p50 / p90 / p99",
+        "p99": "p50 / p90 / p99",
         "difference": "相对差异 {other} / {base} - 1：{estimate:+.2%}（{low:+.2%} 至 {high:+.2%}）；"
         "已发表：{published:+.2%}。",
         "difference_single": "相对差异 {other} / {base} - 1：{estimate:+.2%}（仅一次重复，无区间）；"
@@ -62,6 +64,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "busy": "忙碌：预填充 + 解码",
         "slo": "合格请求：{slo}。",
         "void": "无效：{reason}",
+        "below": "见末尾。",
         "folder": "结果：{folder}",
     },
 }
@@ -72,21 +75,24 @@ def show(summary: Mapping[str, Any], folder: Path, console: Console, lang: Lang)
     words = _WORDS[lang]
     for note in summary["notes"]:
         console.print(say(note["key"], note["values"], lang), style="dim", highlight=False)
+    whole = summary["void"]
     if summary["sequential"]["arms"]:
-        _sequential(summary["sequential"], console, lang)
+        _sequential(summary["sequential"], whole, console, lang)
     if summary["concurrent"]:
         console.print(words["slo"].format(slo=_slo(summary["slo"])), highlight=False)
     for part in summary["concurrent"]:
-        _concurrent(part, console, lang)
+        _concurrent(part, whole, console, lang)
     console.print()
-    for reason in summary["void"]:
-        console.print(words["void"].format(reason=say(reason["key"], reason["values"], lang)), style="bold red")
+    for reason in whole:
+        console.print(
+            words["void"].format(reason=say(reason["key"], reason["values"], lang)), style="bold red", highlight=False
+        )
     overall = summary["overall"]
     console.print(say(overall["key"], overall["values"], lang), style="bold", highlight=False)
     console.print(words["folder"].format(folder=folder), highlight=False, soft_wrap=True)
 
 
-def _sequential(part: Mapping[str, Any], console: Console, lang: Lang) -> None:
+def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console, lang: Lang) -> None:
     words, arms, published = _WORDS[lang], part["arms"], part["published"]
     title = words["sequential"].format(requests=part["requests"], repeats=part["repeats"])
     kinds = ("colocated", "disaggregated")
@@ -100,19 +106,20 @@ def _sequential(part: Mapping[str, Any], console: Console, lang: Lang) -> None:
         table.add_row(words[name], *(_ms(arm[name]["mean"]) for arm in arms.values()), "", _ms(published[name]))
     shares = [arm["handoff_share"] for arm in arms.values()]
     table.add_row(words["share"], *map(_share, shares), "", _share(published["handoff_share"]))
-    table.add_row(words["p99"], *(_percentiles(arm["total_s"]) for arm in arms.values()), "", "")
+    label = f"{words['total_s']} {words['p99']}"
+    table.add_row(label, *(_percentiles(arm["total_s"]) for arm in arms.values()), "", "")
     console.print(table)
     found = part["relative_difference"]
     if found:
         text = words["difference" if found["low"] is not None else "difference_single"]
         values = {"base": part["base"], "other": part["other"], "published": published["relative_difference"], **found}
         console.print(text.format(**values), highlight=False)
-    _verdicts([part["verdict"]], part["void"], console, lang)
+    _verdicts([part["verdict"]], part["void"], whole, console, lang)
     for note in part["why"]:
         console.print(say(note["key"], note["values"], lang), highlight=False)
 
 
-def _concurrent(part: Mapping[str, Any], console: Console, lang: Lang) -> None:
+def _concurrent(part: Mapping[str, Any], whole: Sequence[Any], console: Console, lang: Lang) -> None:
     words, arms = _WORDS[lang], part["arms"]
     load = words["load"].format(load=part["load"]) if part["load"] else ""
     title = words["rate"].format(rate=part["rate"], load=load, repeats=part["repeats"])
@@ -126,26 +133,34 @@ def _concurrent(part: Mapping[str, Any], console: Console, lang: Lang) -> None:
     table.add_row(words["completed"], *(f"{arm['completed']}, {arm['failed']}" for arm in arms.values()))
     table.add_row(words["busy"], *(_busy(arm["utilisation"]) for arm in arms.values()))
     console.print(table)
-    _verdicts([part["verdicts"].get(name) for name in ("goodput", "ttft_s", "tpot_s")], part["void"], console, lang)
+    shown = [part["verdicts"].get(name) for name in ("goodput", "ttft_s", "tpot_s")]
+    _verdicts(shown, part["void"], whole, console, lang)
 
 
 def _verdicts(
-    verdicts: Sequence[Mapping[str, Any] | None], void: Sequence[Mapping[str, Any]], console: Console, lang: Lang
+    verdicts: Sequence[Mapping[str, Any] | None],
+    void: Sequence[Mapping[str, Any]],
+    whole: Sequence[Mapping[str, Any]],
+    console: Console,
+    lang: Lang,
 ) -> None:
-    """The sentences, or the reasons why there is none."""
-    for reason in void:
-        text = _WORDS[lang]["void"].format(reason=say(reason["key"], reason["values"], lang))
+    """The sentences, or the reasons why there is none; reasons that void the whole run are told once, at the end."""
+    words = _WORDS[lang]
+    for reason in (each for each in void if each not in whole):
+        text = words["void"].format(reason=say(reason["key"], reason["values"], lang))
         console.print(text, style="bold red", highlight=False)
+    if whole:
+        console.print(words["void"].format(reason=words["below"]), style="bold red", highlight=False)
     for verdict in verdicts:
         if verdict is not None and not void:
             console.print(sentence(msgspec.convert(dict(verdict), Verdict), lang), style="bold", highlight=False)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from disagg.model.ops import Decoder, LayerWeights, Linear, Rope, Step
 from disagg.model.ops_cpu_attention import attend_kernel, attend_phase
 from disagg.model.ops_cpu_gemm import linear_kernel, linear_phase, pack, silu_mul_kernel, silu_phase
-from disagg.model.ops_cpu_jit import barrier, kernel
+from disagg.model.ops_cpu_jit import kernel
 from disagg.model.ops_cpu_rows import Where, norm_kernel, norm_phase, rotate_kernel, rotate_phase
 from disagg.model.ops_cpu_team import Team
 from disagg.model.ops_cpu_tile import PANEL
 
 _NOTHING = np.zeros(0, np.float32)  # stands for None: kernels ask for the length, so they compile once
 _NO_ROWS = np.zeros((0, 0), np.float32)
+_PHASES = 8  # of a layer in decoder_kernel
 
 
 class _Stack(NamedTuple):
@@ -53,30 +54,23 @@ class _Buffers(NamedTuple):
 
 @kernel
 def decoder_kernel(
-    thread: int, num_threads: int, sync: np.ndarray, stack: _Stack, where: Where, pages: np.ndarray,
-    hidden: np.ndarray, buffers: _Buffers, eps: float,
+    sync: np.ndarray, stack: _Stack, where: Where, pages: np.ndarray, hidden: np.ndarray, buffers: _Buffers,
+    eps: float,
 ) -> None:  # fmt: skip
-    """All layers over hidden [T, H], in place: eight phases a layer, a barrier after each."""
+    """All layers over hidden [T, H], in place."""
     s, b = stack, buffers
     scale = np.float32(1.0 / np.sqrt(b.q.shape[2]))
     no_bias = s.qkv_bias[0, :0]
     for i in range(len(s.qkv)):
-        norm_phase(sync, hidden, b.normed[:0], s.attention_norm[i], eps, b.normed, hidden)
-        barrier(sync, num_threads)
-        linear_phase(sync, b.normed, s.qkv[i], s.qkv_bias[i], b.qkv, False)
-        barrier(sync, num_threads)
-        rotate_phase(sync, b.qkv, where, i, pages, s.q_norm[i], s.k_norm[i], eps, b.q)
-        barrier(sync, num_threads)
-        attend_phase(sync, b.q, where, i, pages, scale, b.attended)
-        barrier(sync, num_threads)
-        linear_phase(sync, b.attended, s.out[i], no_bias, hidden, True)
-        barrier(sync, num_threads)
-        norm_phase(sync, hidden, b.normed[:0], s.mlp_norm[i], eps, b.normed, hidden)
-        barrier(sync, num_threads)
-        silu_phase(sync, b.normed, s.gate_up[i], b.mlp)
-        barrier(sync, num_threads)
-        linear_phase(sync, b.mlp, s.down[i], no_bias, hidden, True)
-        barrier(sync, num_threads)
+        p = i * _PHASES
+        norm_phase(sync, p, hidden, b.normed[:0], s.attention_norm[i], eps, b.normed, hidden)
+        linear_phase(sync, p + 1, b.normed, s.qkv[i], s.qkv_bias[i], b.qkv, False)
+        rotate_phase(sync, p + 2, b.qkv, where, i, pages, s.q_norm[i], s.k_norm[i], eps, b.q)
+        attend_phase(sync, p + 3, b.q, where, i, pages, scale, b.attended)
+        linear_phase(sync, p + 4, b.attended, s.out[i], no_bias, hidden, True)
+        norm_phase(sync, p + 5, hidden, b.normed[:0], s.mlp_norm[i], eps, b.normed, hidden)
+        silu_phase(sync, p + 6, b.normed, s.gate_up[i], b.mlp)
+        linear_phase(sync, p + 7, b.mlp, s.down[i], no_bias, hidden, True)
 
 
 class CpuOps:
@@ -92,7 +86,7 @@ class CpuOps:
 
         def run(x: Tensor) -> Tensor:
             out = torch.empty(len(x), num_out)
-            self._team.run(linear_kernel, _array(x), packed, added, out.numpy())
+            self._team.run(linear_kernel, 1, _array(x), packed, added, out.numpy())
             return out
 
         return run
@@ -101,7 +95,7 @@ class CpuOps:
         """One pass over each row."""
         normed, total = torch.empty_like(x), torch.empty_like(x)
         before = _NO_ROWS if residual is None else _array(residual)
-        self._team.run(norm_kernel, _array(x), before, _array(weight), eps, normed.numpy(), total.numpy())
+        self._team.run(norm_kernel, 1, _array(x), before, _array(weight), eps, normed.numpy(), total.numpy())
         return normed, total
 
     def rotate_and_store(
@@ -111,7 +105,7 @@ class CpuOps:
         """One pass over each token."""
         q = torch.empty(len(qkv), *_query_shape(qkv.shape[1], pages))
         self._team.run(
-            rotate_kernel, _array(qkv), _where(step, rope), layer, pages.numpy(), _array(q_norm), _array(k_norm), eps,
+            rotate_kernel, 1, _array(qkv), _where(step, rope), layer, pages.numpy(), _array(q_norm), _array(k_norm), eps,
             q.numpy(),
         )  # fmt: skip
         return q
@@ -120,13 +114,13 @@ class CpuOps:
         """One kernel for all sequences; see `attend_phase`."""
         _query_shape(0, pages)
         out, where = torch.empty(len(q), q.shape[1] * q.shape[2]), _where(step, None)
-        self._team.run(attend_kernel, _array(q), where, layer, pages.numpy(), np.float32(scale), out.numpy())
+        self._team.run(attend_kernel, 1, _array(q), where, layer, pages.numpy(), np.float32(scale), out.numpy())
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """One pass over each row."""
         out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
-        self._team.run(silu_mul_kernel, _array(gate_up), out.numpy())
+        self._team.run(silu_mul_kernel, 1, _array(gate_up), out.numpy())
         return out
 
     def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
@@ -140,7 +134,7 @@ class CpuOps:
             shapes = (hidden.shape[1:], (width,), query_shape, (query_shape[0] * query_shape[1],), (mlp_width,))
             buffers = _Buffers(*(np.empty((rows, *shape), np.float32) for shape in shapes))
             where = _where(step, rope)
-            self._team.run(decoder_kernel, stack, where, pages.numpy(), hidden.numpy(), buffers, eps)
+            self._team.run(decoder_kernel, _PHASES * len(layers), stack, where, pages.numpy(), hidden.numpy(), buffers, eps)
             return hidden
 
         return run
@@ -156,9 +150,13 @@ def _array(tensor: Tensor | None) -> np.ndarray:
 
 
 def _where(step: Step, rope: Rope | None) -> Where:
-    indices = (step.positions, step.slots, step.query_start, step.context_len, step.page_table)
+    """query_start is copied: a late thread counts items by it when the caller may already build the next step in the
+    same memory. Everything else is read for an item only."""
     cos, sin = (_NO_ROWS, _NO_ROWS) if rope is None else (_array(rope.cos), _array(rope.sin))
-    return Where(*(index.numpy() for index in indices), cos, sin)
+    return Where(
+        step.positions.numpy(), step.slots.numpy(), step.query_start.numpy().copy(), step.context_len.numpy(),
+        step.page_table.numpy(), cos, sin,
+    )  # fmt: skip
 
 
 def _query_shape(qkv_width: int, pages: Tensor) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from disagg.model.ops_cpu_jit import barrier, kernel, next_item
+from disagg.model.ops_cpu_jit import finish_item, finish_phase, kernel, next_item
 from disagg.model.ops_cpu_rows import Where
 from disagg.model.ops_cpu_tile import PANEL, TILE_ROWS, dot, exp, tile
 
@@ -19,8 +19,9 @@ _LOWEST = np.float32(-1e30)  # instead of -inf, which would make inf - inf on an
 
 @kernel
 def attend_phase(
-    sync: np.ndarray, q: np.ndarray, where: Where, layer: int, pages: np.ndarray, scale: float, out: np.ndarray
-) -> None:
+    sync: np.ndarray, phase: int, q: np.ndarray, where: Where, layer: int, pages: np.ndarray, scale: float,
+    out: np.ndarray,
+) -> None:  # fmt: skip
     """out [T, Hq * D] = causal attention of q [T, Hq, D]. One item is one block of query rows of one key head.
 
     A sequence with one new token goes through `_attend_one`, a chunk through `_attend_block`; the two sum in another
@@ -40,9 +41,9 @@ def attend_phase(
     scores = np.empty((group, longest), np.float32)
     scratch = _scratch(block * group, size)
     while True:
-        item = next_item(sync)
+        item = next_item(sync, phase)
         if item >= num_blocks * num_kv:
-            return
+            break
         head, left = item % num_kv, num_blocks - 1 - item // num_kv  # last block first: it sees the most keys
         b = 0
         while left >= (query_start[b + 1] - query_start[b] + block - 1) // block:
@@ -55,6 +56,8 @@ def attend_phase(
         else:
             position = context_len[b] - (query_start[b + 1] - first)
             _attend_block(q, first, n, position, head, page_table[b], layer, pages, scale, scratch, out)
+        finish_item(sync, phase)
+    finish_phase(sync, phase, num_blocks * num_kv)
 
 
 @kernel
@@ -100,10 +103,8 @@ def _attend_one(
         for g in range(0, group, TILE_ROWS):
             n = min(TILE_ROWS, group - g)
             for d in range(0, size, PANEL):
-                tile(
-                    n, 1, scores, g * row + start, row, 1, pages, v_at + d, size, 0, out, at + g * size + d, size, depth,
-                    True,
-                )  # fmt: skip
+                c_at = at + g * size + d
+                tile(n, 1, scores, g * row + start, row, 1, pages, v_at + d, size, 0, out, c_at, size, depth, True)
 
 
 @kernel
@@ -219,9 +220,7 @@ def _softmax_block(
 
 @kernel
 def attend_kernel(
-    thread: int, num_threads: int, sync: np.ndarray, q: np.ndarray, where: Where, layer: int, pages: np.ndarray,
-    scale: float, out: np.ndarray,
-) -> None:  # fmt: skip
+    sync: np.ndarray, q: np.ndarray, where: Where, layer: int, pages: np.ndarray, scale: float, out: np.ndarray
+) -> None:
     """attend_phase as a call of its own."""
-    attend_phase(sync, q, where, layer, pages, scale, out)
-    barrier(sync, num_threads)
+    attend_phase(sync, 0, q, where, layer, pages, scale, out)

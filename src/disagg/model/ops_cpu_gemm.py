@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disagg.model.ops_cpu_jit import barrier, kernel, next_item
+from disagg.model.ops_cpu_jit import finish_item, finish_phase, kernel, next_item
 from disagg.model.ops_cpu_tile import GROUP, PANEL, TILE_ROWS, exp, tile
 
 _BLOCK_BYTES = 256 * 1024  # of inputs: half of a 512 KiB second-level cache
@@ -63,7 +63,9 @@ def _block_rows(depth: int) -> int:
 
 
 @kernel
-def linear_phase(sync: np.ndarray, x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray, add: bool) -> None:
+def linear_phase(
+    sync: np.ndarray, phase: int, x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray, add: bool
+) -> None:
     """out [T, N] = x [T, K] @ w + bias, or out += x @ w if add; w is packed, bias has length N or 0."""
     rows, depth = x.shape
     num_out = out.shape[1]
@@ -71,9 +73,9 @@ def linear_phase(sync: np.ndarray, x: np.ndarray, w: np.ndarray, bias: np.ndarra
     block = _block_rows(depth)
     num_items = num_groups * ((rows + block - 1) // block)
     while True:
-        item = next_item(sync)
+        item = next_item(sync, phase)
         if item >= num_items:
-            return
+            break
         row, panel = item // num_groups * block, item % num_groups * GROUP
         n = min(block, rows - row)
         panels = min(GROUP, num_out // PANEL - panel)
@@ -90,6 +92,8 @@ def linear_phase(sync: np.ndarray, x: np.ndarray, w: np.ndarray, bias: np.ndarra
             )
         if panels < GROUP and num_out % PANEL > 0:
             _ragged_panel(x, row, n, w, out, added)
+        finish_item(sync, phase)
+    finish_phase(sync, phase, num_items)
 
 
 @kernel
@@ -109,7 +113,7 @@ def _ragged_panel(x: np.ndarray, row: int, n: int, w: np.ndarray, out: np.ndarra
 
 
 @kernel
-def silu_phase(sync: np.ndarray, x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
+def silu_phase(sync: np.ndarray, phase: int, x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
     """out [T, I] = silu(x @ gate) * (x @ up); w is packed [2, ceil(I / 16), K, 16]. The two products never reach
     memory: _SILU_ROWS of them wait in a buffer."""
     rows, depth = x.shape
@@ -121,9 +125,9 @@ def silu_phase(sync: np.ndarray, x: np.ndarray, w: np.ndarray, out: np.ndarray) 
     up = np.empty((_SILU_ROWS, GROUP * PANEL), np.float32)
     half = num_panels * depth * PANEL
     while True:
-        item = next_item(sync)
+        item = next_item(sync, phase)
         if item >= num_items:
-            return
+            break
         row, panel = item // num_groups * block, item % num_groups * GROUP
         panels, column = min(GROUP, num_panels - panel), panel * PANEL
         columns, at = min(panels * PANEL, width - column), panel * depth * PANEL
@@ -134,6 +138,8 @@ def silu_phase(sync: np.ndarray, x: np.ndarray, w: np.ndarray, out: np.ndarray) 
             _rows_times_panels(x, x_at, depth, n, w, at + half, panels, depth, up, 0, c_row, False)
             for r in range(n):
                 silu_mul_row(gate[r], up[r], out[first + r, column : column + columns])
+        finish_item(sync, phase)
+    finish_phase(sync, phase, num_items)
 
 
 @kernel
@@ -144,19 +150,19 @@ def silu_mul_row(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
-def linear_kernel(thread: int, num_threads: int, sync: np.ndarray, x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+def linear_kernel(sync: np.ndarray, x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
     """linear_phase as a call of its own."""
-    linear_phase(sync, x, w, bias, out, False)
-    barrier(sync, num_threads)
+    linear_phase(sync, 0, x, w, bias, out, False)
 
 
 @kernel
-def silu_mul_kernel(thread: int, num_threads: int, sync: np.ndarray, gate_up: np.ndarray, out: np.ndarray) -> None:
+def silu_mul_kernel(sync: np.ndarray, gate_up: np.ndarray, out: np.ndarray) -> None:
     """out [T, I] = silu(gate) * up of gate_up [T, 2 I], rows shared out among the threads."""
-    width = out.shape[1]
+    rows, width = out.shape
     while True:
-        row = next_item(sync)
-        if row >= len(out):
+        row = next_item(sync, 0)
+        if row >= rows:
             break
         silu_mul_row(gate_up[row, :width], gate_up[row, width:], out[row])
-    barrier(sync, num_threads)
+        finish_item(sync, 0)
+    finish_phase(sync, 0, rows)

@@ -1,8 +1,8 @@
-"""How CPU kernels are compiled, and how the threads of a team that runs one meet.
+"""How CPU kernels are compiled, and how the threads that run one share the work.
 
-Parameters of an `@intrinsic` are numba's own types while compiling, so they carry no annotation here.
+Parameters of an `@instruction` are numba's own types while compiling, so they carry no annotation here.
 """
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 
@@ -39,6 +40,7 @@ _CACHE_DIR = _cache_dir()
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile without the GIL, cached on disk; sums may be reordered within a row, never across rows."""
+    config: Any = numba.config
     before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_DIR
     try:
         return njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "nnan"})(
@@ -48,14 +50,23 @@ def kernel(function: Callable[..., Any]) -> Any:
         config.CACHE_DIR = before
 
 
-# The team: `num_threads` threads run the same kernel and meet at barriers (ops_cpu_team.py starts them). They share
-# one int64 array; each word has a cache line of its own.
-ARRIVED, ROUND, NEXT_ITEM = 0, 8, 16
-SYNC_LEN = 24
-_SPINS_BEFORE_YIELD = 2000  # about 30 us of waiting before the core is offered to someone else
+def instruction(function: Callable[..., Any]) -> Any:
+    """numba's `intrinsic`, which type checkers misread: the function emits LLVM instructions at each call of it."""
+    return intrinsic(function)
 
 
-@intrinsic
+# A kernel is a sequence of phases, a phase a number of independent items. Threads take items until none is left, and a
+# phase is over when every item is finished, not when every thread has arrived: a thread that wakes late, or whose core
+# was taken away, delays nobody unless it holds an item. So a thread may still walk through phases that are over, even
+# after the caller has returned; it finds no items and touches no data.
+#
+# sync int64 holds two words for each phase, on a cache line each: the next item, and how many are finished.
+_LINE = 8
+PHASE_LEN = 2 * _LINE
+_SPINS_BEFORE_YIELD = 500  # some microseconds of waiting before the core is offered to someone else
+
+
+@instruction
 def _fetch_add(typing, words, at, value):
     """Atomically words[at] += value; returns the old value."""
 
@@ -71,7 +82,7 @@ def _call_void(b: ir.IRBuilder, name: str) -> None:
     b.call(function, [])
 
 
-@intrinsic
+@instruction
 def _pause(typing):
     """Tell the core that this is a waiting loop (x86; elsewhere nothing)."""
 
@@ -83,7 +94,7 @@ def _pause(typing):
     return types.void(), generate
 
 
-@intrinsic
+@instruction
 def _yield_core(typing):
     """sched_yield() where the C library has it."""
 
@@ -96,25 +107,22 @@ def _yield_core(typing):
 
 
 @kernel
-def next_item(sync: np.ndarray) -> int:
-    """The next piece of work of this phase, from 0; each number is given to exactly one thread."""
-    return _fetch_add(sync, NEXT_ITEM, 1)
+def next_item(sync: np.ndarray, phase: int) -> int:
+    """The next piece of work of a phase, from 0; each number is given to exactly one thread."""
+    return _fetch_add(sync, phase * PHASE_LEN, 1)
 
 
 @kernel
-def barrier(sync: np.ndarray, num_threads: int) -> None:
-    """Wait until every thread of the team is here; the next phase's items count from 0 again."""
-    if num_threads == 1:
-        sync[NEXT_ITEM] = 0
-        return
-    round_ = _fetch_add(sync, ROUND, 0)
-    if _fetch_add(sync, ARRIVED, 1) == num_threads - 1:
-        sync[ARRIVED] = 0
-        sync[NEXT_ITEM] = 0
-        _fetch_add(sync, ROUND, 1)
-        return
+def finish_item(sync: np.ndarray, phase: int) -> None:
+    """Say that the item taken last is finished: its results are visible to whoever sees the phase end."""
+    _fetch_add(sync, phase * PHASE_LEN + _LINE, 1)
+
+
+@kernel
+def finish_phase(sync: np.ndarray, phase: int, num_items: int) -> None:
+    """Wait until all items of a phase are finished."""
     spins = 0
-    while _fetch_add(sync, ROUND, 0) == round_:
+    while _fetch_add(sync, phase * PHASE_LEN + _LINE, 0) < num_items:
         spins += 1
         _pause()
         if spins > _SPINS_BEFORE_YIELD:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disagg.model.ops_cpu_jit import barrier, kernel, next_item
+from disagg.model.ops_cpu_jit import finish_item, finish_phase, kernel, next_item
 from disagg.model.ops_cpu_tile import PANEL, dot
 
 
@@ -33,12 +33,15 @@ def rms_scale(row: np.ndarray, eps: float) -> float:
 
 
 @kernel
-def norm_phase(sync: np.ndarray, x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, normed: np.ndarray, total: np.ndarray) -> None:
+def norm_phase(
+    sync: np.ndarray, phase: int, x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float,
+    normed: np.ndarray, total: np.ndarray,
+) -> None:  # fmt: skip
     """total = x + residual (residual may have no rows: then total = x), normed = RMSNorm(total); all [T, H]."""
     while True:
-        t = next_item(sync)
+        t = next_item(sync, phase)
         if t >= len(x):
-            return
+            break
         row = total[t]
         if len(residual) > 0:
             for i in range(len(row)):
@@ -48,10 +51,14 @@ def norm_phase(sync: np.ndarray, x: np.ndarray, residual: np.ndarray, weight: np
         scale = rms_scale(row, eps)
         for i in range(len(row)):
             normed[t, i] = row[i] * scale * weight[i]
+        finish_item(sync, phase)
+    finish_phase(sync, phase, len(x))
 
 
 @kernel
-def _rotate_head(head: np.ndarray, norm: np.ndarray, eps: float, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
+def _rotate_head(
+    head: np.ndarray, norm: np.ndarray, eps: float, cos: np.ndarray, sin: np.ndarray, out: np.ndarray
+) -> None:
     """out [D] = head [D], normed if norm has a length, rotated if cos has one; pairs are (i, i + D / 2)."""
     half = len(head) // 2
     if len(norm) > 0:
@@ -69,7 +76,7 @@ def _rotate_head(head: np.ndarray, norm: np.ndarray, eps: float, cos: np.ndarray
 
 @kernel
 def rotate_phase(
-    sync: np.ndarray, qkv: np.ndarray, where: Where, layer: int, pages: np.ndarray, q_norm: np.ndarray,
+    sync: np.ndarray, phase: int, qkv: np.ndarray, where: Where, layer: int, pages: np.ndarray, q_norm: np.ndarray,
     k_norm: np.ndarray, eps: float, q: np.ndarray,
 ) -> None:  # fmt: skip
     """Fill q [T, Hq, D] and this layer's K and V of every token's slot from qkv [T, (Hq + 2 Hkv) * D]."""
@@ -77,9 +84,9 @@ def rotate_phase(
     num_kv, page_size = pages.shape[3], pages.shape[4]
     rotated = len(where.cos) > 0
     while True:
-        t = next_item(sync)
+        t = next_item(sync, phase)
         if t >= len(q):
-            return
+            break
         row = qkv[t].reshape(num_heads + 2 * num_kv, size)
         position = where.positions[t] if rotated else 0
         c, s = (where.cos[position], where.sin[position]) if rotated else (q_norm[:0], q_norm[:0])
@@ -89,23 +96,23 @@ def rotate_phase(
         for h in range(num_kv):
             _rotate_head(row[num_heads + h], k_norm, eps, c, s, pages[page, layer, 0, h, offset])
             pages[page, layer, 1, h, offset] = row[num_heads + num_kv + h]
+        finish_item(sync, phase)
+    finish_phase(sync, phase, len(q))
 
 
 @kernel
 def norm_kernel(
-    thread: int, num_threads: int, sync: np.ndarray, x: np.ndarray, residual: np.ndarray, weight: np.ndarray,
-    eps: float, normed: np.ndarray, total: np.ndarray,
+    sync: np.ndarray, x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, normed: np.ndarray,
+    total: np.ndarray,
 ) -> None:  # fmt: skip
     """norm_phase as a call of its own."""
-    norm_phase(sync, x, residual, weight, eps, normed, total)
-    barrier(sync, num_threads)
+    norm_phase(sync, 0, x, residual, weight, eps, normed, total)
 
 
 @kernel
 def rotate_kernel(
-    thread: int, num_threads: int, sync: np.ndarray, qkv: np.ndarray, where: Where, layer: int, pages: np.ndarray,
-    q_norm: np.ndarray, k_norm: np.ndarray, eps: float, q: np.ndarray,
+    sync: np.ndarray, qkv: np.ndarray, where: Where, layer: int, pages: np.ndarray, q_norm: np.ndarray,
+    k_norm: np.ndarray, eps: float, q: np.ndarray,
 ) -> None:  # fmt: skip
     """rotate_phase as a call of its own."""
-    rotate_phase(sync, qkv, where, layer, pages, q_norm, k_norm, eps, q)
-    barrier(sync, num_threads)
+    rotate_phase(sync, 0, qkv, where, layer, pages, q_norm, k_norm, eps, q)

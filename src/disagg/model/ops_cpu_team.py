@@ -2,8 +2,8 @@
 
 torch's OpenMP threads and numba's own pool each keep spinning after a parallel region, and on two cores the spinning
 of one takes a core from the other. So numba compiles plain serial functions here, and a `Team` runs one of them on
-several Python threads at once: the kernels release the GIL and meet at the barrier in ops_cpu_jit.py. Between calls
-the helpers sleep on a lock and cost nothing; with one thread there is no helper and no lock.
+several Python threads at once: the kernels release the GIL and share their items out as ops_cpu_jit.py describes.
+Between calls the helpers sleep on a lock and cost nothing; with one thread there is no helper and no lock.
 """
 
 from __future__ import annotations
@@ -17,53 +17,49 @@ from typing import Any
 import numpy as np
 import torch
 
-from disagg.model.ops_cpu_jit import SYNC_LEN
+from disagg.model.ops_cpu_jit import PHASE_LEN
 
 
 class Team:
-    """Runs kernel(thread, num_threads, sync, *args) on torch.get_num_threads() threads, and returns when all passed
-    the kernel's last barrier.
+    """Runs kernel(sync, *args) on up to torch.get_num_threads() threads; returns when all its work is done.
 
-    A kernel must end with a barrier: the caller continues while a helper may still be returning from it. Calls from
-    several Python threads are taken one at a time.
+    The caller works from the start; helpers join when they are awake, and one that still walks through the previous
+    kernel is left out (ops_cpu_jit.py says why neither matters). Several Python threads may call at once.
     """
 
     def __init__(self) -> None:
-        self._turn = threading.Lock()
         self._helpers: list[_Helper] = []
         self._pid = os.getpid()
 
-    def run(self, kernel: Callable[..., None], *args: Any) -> None:
-        """Run one kernel on the whole team."""
-        num_threads = torch.get_num_threads()
-        sync = np.zeros(SYNC_LEN, np.int64)
-        if num_threads == 1:
-            kernel(0, 1, sync, *args)
-            return
-        with self._turn:
-            if self._pid != os.getpid():  # a fork keeps the list but not the threads
-                self._helpers, self._pid = [], os.getpid()
-            while len(self._helpers) < num_threads - 1:
-                self._helpers.append(_Helper(len(self._helpers) + 1))
-            for helper in self._helpers[: num_threads - 1]:
-                helper.start(kernel, (num_threads, sync, *args))
-            kernel(0, num_threads, sync, *args)
+    def run(self, kernel: Callable[..., None], num_phases: int, *args: Any) -> None:
+        """Run one kernel of num_phases phases."""
+        sync = np.zeros(num_phases * PHASE_LEN, np.int64)
+        for helper in self._awake(torch.get_num_threads() - 1):
+            helper.offer(kernel, (sync, *args))
+        kernel(sync, *args)
+
+    def _awake(self, num_helpers: int) -> list[_Helper]:
+        if self._pid != os.getpid():  # a fork keeps the list but not the threads
+            self._helpers, self._pid = [], os.getpid()
+        while len(self._helpers) < num_helpers:
+            self._helpers.append(_Helper())
+        return self._helpers[:num_helpers]
 
 
 class _Helper:
-    """One sleeping thread; `start` wakes it for one kernel."""
+    """One sleeping thread; `offer` wakes it for one kernel, unless it is busy."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def __init__(self) -> None:
         self._wake, self._idle = threading.Lock(), threading.Lock()
         self._wake.acquire()
         self._job: tuple[Callable[..., None], tuple[Any, ...]] | None = None
-        threading.Thread(target=self._loop, name=f"cpu-ops-{number}", daemon=True).start()
+        threading.Thread(target=self._loop, name="cpu-ops", daemon=True).start()
 
-    def start(self, kernel: Callable[..., None], args: tuple[Any, ...]) -> None:
-        self._idle.acquire()  # the previous kernel has returned here too
-        self._job = (kernel, args)
-        self._wake.release()
+    def offer(self, kernel: Callable[..., None], args: tuple[Any, ...]) -> None:
+        """Wake the thread for a kernel that the caller runs as well."""
+        if self._idle.acquire(blocking=False):
+            self._job = (kernel, args)
+            self._wake.release()
 
     def _loop(self) -> None:
         while True:
@@ -71,6 +67,7 @@ class _Helper:
             assert self._job is not None
             kernel, args = self._job
             with suppress(Exception):  # the caller runs the same kernel on the same types and raises the same error
-                kernel(self._number, *args)
-            self._job = args = None  # or the arrays would live until the next call
+                kernel(*args)
+            self._job = None
+            del kernel, args  # or the arrays would live until the next call
             self._idle.release()

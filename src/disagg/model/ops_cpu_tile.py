@@ -6,7 +6,7 @@ on the way, which costs nothing beside the multiplications) and multiplied with 
 same chain of fused multiply-adds in order of k, whatever the number of rows: a row's result does not depend on the
 batch it is computed in.
 
-Parameters of an `@intrinsic` are numba's own types while compiling, so they carry no annotation here.
+Parameters of an `@instruction` are numba's own types while compiling, so they carry no annotation here.
 """
 # ruff: noqa: ANN001, ANN201, ANN202
 
@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from disagg.model.ops_cpu_jit import kernel
+from disagg.model.ops_cpu_jit import instruction, kernel
 
 LANES = 8  # float32 numbers in one 256-bit register
 PANEL = 16  # columns of a packed weight panel: two registers
@@ -87,12 +86,13 @@ def _sum_loop(b: ir.IRBuilder, count: Any, num_sums: int, body: Callable[[Any, l
     return results
 
 
-@intrinsic
+@instruction
 def tile(typing, rows, panels, x, x_at, x_row, x_step, w, w_at, w_row, w_panel, c, c_at, c_row, depth, add):
     """c[r, n] = (c[r, n] if add) + sum over k of x[r, k] * w[k, n], for rows x (panels * 16) results.
 
     x, w, c are contiguous arrays of any rank, addressed by the element offset *_at and the distance *_row between
-    rows; x_step is the distance between columns of x, w_panel between panels. rows is 1..6 with one panel, or 1..2 with GROUP panels. depth >= 1.
+    rows; x_step is the distance between columns of x, w_panel between panels. rows is
+    1..6 with one panel, or 1..2 with GROUP panels. depth >= 1.
     """
     n = types.intp
     signature = types.void(n, n, x, n, n, n, w, n, n, n, c, n, n, n, types.boolean)
@@ -164,7 +164,7 @@ def _store_tile(b: ir.IRBuilder, rows: int, sums: list[Any], c: Any, c_row: Any,
         b.store(b.select(add, total, value), pointer, align=4)
 
 
-@intrinsic
+@instruction
 def dot(typing, x, x_at, y, y_at, length):
     """Sum of x[x_at + i] * y[y_at + i], i < length (a positive multiple of 16), over contiguous float32 arrays."""
     signature = types.float32(x, types.intp, y, types.intp, types.intp)
@@ -187,7 +187,7 @@ def dot(typing, x, x_at, y, y_at, length):
     return signature, generate
 
 
-@intrinsic
+@instruction
 def power_of_two(typing, n):
     """2 ** n for a whole float32 n in -126..127, by writing the exponent bits; unlike ldexp it vectorises."""
 
@@ -198,7 +198,7 @@ def power_of_two(typing, n):
     return types.float32(types.float32), generate
 
 
-@intrinsic
+@instruction
 def rint(typing, x):
     """x rounded to the nearest whole float32, as one instruction."""
 
@@ -215,7 +215,7 @@ _ONE, _LOWEST, _HIGHEST = np.float32(1.0), np.float32(-87.0), np.float32(88.0)
 
 
 @kernel
-def exp(x: float) -> float:
+def exp(x: Any) -> Any:
     """e ** x within 2 units in the last place, x clamped to -87..88; loops over it vectorise (Cephes' expf)."""
     x = min(max(x, _LOWEST), _HIGHEST)
     n = rint(x * _LOG2_E)

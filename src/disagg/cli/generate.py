@@ -1,0 +1,89 @@
+"""`disagg generate`: one prompt, streamed."""
+
+import json
+from typing import Any
+
+import click
+
+from disagg.config import Dtype
+from disagg.errors import InputError
+from disagg.request import SamplingParams
+
+
+def _prompt(text: str | None, ids: str | None) -> str | list[int]:
+    if (text is None) == (ids is None):
+        raise InputError("Give one prompt: a text, or token ids with --ids 1,2,3.")
+    if text is not None:
+        return text
+    assert ids is not None
+    try:
+        return [int(part) for part in ids.split(",")]
+    except ValueError:
+        raise InputError(f"--ids {ids!r} is not understood: write whole numbers with commas, as in 1,2,3.") from None
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  disagg generate "The capital of France is" --model smollm2
+  disagg generate "Why is the sky blue?" --model smollm2 --chat --max-tokens 60
+  disagg generate --model seed --ids 1,2,3 --deploy 1P1D --json
+"""
+)
+@click.argument("prompt", required=False)
+@click.option("--ids", help="Token ids instead of a text, as in 1,2,3; the model seed needs them.")
+@click.option(
+    "--model", default="smollm2", show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
+)
+@click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
+@click.option("--budget", help="cpu:N (cores). Default: all cores of this process.")
+@click.option("--chat", is_flag=True, help="Put the text into the model's chat template as a user's message.")
+@click.option("--max-tokens", default=64, show_default=True, help="Length of the output, in tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens of this total probability.")
+@click.option("--top-k", default=0, show_default=True, help="Keep this many of the likeliest tokens; 0 keeps all.")
+@click.option("--seed", type=int, help="The same seed and prompt give the same tokens.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print output and timing as one JSON line, not streamed."
+)
+def generate(
+    prompt: str | None,
+    ids: str | None,
+    model: str,
+    random_weights: bool,
+    dtype: Dtype,
+    deploy: str,
+    budget: str | None,
+    chat: bool,
+    as_json: bool,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> None:
+    """Continue PROMPT on any deployment, streamed to standard output."""
+    from disagg.llm import LLM  # imports torch: slow
+
+    asked = _prompt(prompt, ids)
+    params = SamplingParams(stop=stop, **sampling)
+    with LLM(model, deploy, budget, random_weights=random_weights, dtype=dtype) as llm:
+        if chat:
+            asked = llm.chat([{"role": "user", "content": str(asked)}])
+        if as_json:
+            (done,) = llm.generate([asked], params)
+            assert done.record is not None
+            answer = {
+                "text": done.text,
+                "token_ids": done.token_ids,
+                "finish_reason": done.finish_reason,
+                "ttft_s": done.record.ttft_s,
+                "e2e_parts_s": done.record.e2e_parts(),
+            }
+            click.echo(json.dumps(answer))
+            return
+        for delta in llm.stream(asked, params):
+            shown = delta.text or (" ".join(map(str, delta.token_ids)) + " " if model == "seed" else "")
+            click.echo(shown, nl=False)
+        click.echo()

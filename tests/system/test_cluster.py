@@ -1,0 +1,235 @@
+"""Real processes, real sockets, real shared memory, on the `seed` model: what must hold of a whole deployment."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from disagg import LLM, SamplingParams
+from disagg.cluster.cluster import Cluster
+from disagg.config import Budget, Deployment, EngineSpec
+from disagg.errors import BudgetError, InputError, RequestError, WorkerLost
+
+CORES = tuple(sorted(os.sched_getaffinity(0)))
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+LENGTHS = (1, 15, 16, 17, 40, 99, 150, 64)
+PROMPTS = [[(i * 37 + j * 11) % 10_000 for j in range(length)] for i, length in enumerate(LENGTHS)]
+
+two_cores = pytest.mark.skipif(len(CORES) < 2, reason="this machine lends one core; deployments of two need two")
+
+
+def traces_left() -> set[str]:
+    """What a deployment could leave: worker processes, mailbox folders, named shared memory."""
+    found = {str(path) for path in Path(tempfile.gettempdir()).glob("disagg-*")}
+    found |= {str(path) for path in Path("/dev/shm").glob("*disagg*")}
+    for proc in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"disagg.cluster.worker" in proc.read_bytes():
+                found.add(str(proc))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Every test, however it ends, leaves no process, folder or shared memory."""
+    before = traces_left()
+    yield
+    until = time.monotonic() + 5
+    while traces_left() - before and time.monotonic() < until:
+        time.sleep(0.02)
+    assert traces_left() - before == set()
+
+
+def wait_until(condition, cluster=None, limit_s=10.0):
+    """Polls real processes: they have no clock to inject."""
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until, "did not happen in time"
+        if cluster is not None:
+            cluster.poll(0.01)
+
+
+def assert_idle(cluster):
+    """Every page of every worker is free (or cached) and nobody holds any."""
+
+    def idle():
+        return all(report.held == 0 and not report.holders for report in cluster.audit())
+
+    wait_until(idle)
+    assert all(report.free + report.cached == report.total for report in cluster.audit())
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Greedy tokens of one colocated worker with room for everything."""
+    with LLM("seed", deploy="1C", budget="cpu:1") as llm:
+        return [done.token_ids for done in llm.generate(PROMPTS, GREEDY)]
+
+
+@two_cores
+@pytest.mark.parametrize(
+    ("deploy", "options"),
+    [
+        ("2C", {}),
+        ("1P1D", {}),
+        ("1P1D", {"max_batch_tokens": 24}),
+        ("1P1D", {"prefix_caching": True, "max_batch_tokens": 48}),
+        ("1P1D", {"kv_bytes": 2 * 14 * 393_216, "max_batch_tokens": 32}),
+        ("2P2D", {"chunked_prefill": False}),
+        ("1C", {"kv_bytes": 14 * 393_216, "max_batch_tokens": 32}),
+    ],
+)
+def test_every_deployment_gives_the_same_tokens(reference, deploy, options):
+    """Colocated, disaggregated, small chunks, few pages (preemption), shared prefixes: greedy tokens are equal."""
+    with LLM("seed", deploy=deploy, budget="cpu:2", **options) as llm:
+        rounds = [llm.generate(PROMPTS, GREEDY) for _ in range(2)]
+        assert_idle(llm.cluster)
+
+    for outputs in rounds:
+        assert [done.token_ids for done in outputs] == reference
+        assert {done.finish_reason for done in outputs} == {"length"}
+    if "kv_bytes" in options:
+        assert sum(done.record.num_preemptions for outputs in rounds for done in outputs) > 0
+
+
+@two_cores
+def test_parts_of_ttft_and_e2e_sum_to_the_whole():
+    """For every request the parts sum to what the client saw, and a hand-off has its moments in order."""
+    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=64) as llm:
+        records = [done.record for done in llm.generate(PROMPTS, GREEDY)]
+
+    for record in records:
+        assert sum(record.ttft_parts().values()) == pytest.approx(record.ttft_s, abs=1e-9)
+        assert sum(record.e2e_parts().values()) == pytest.approx(record.e2e_s, abs=1e-9)
+        assert (record.prefill_worker, record.decode_worker) == ("P0.0", "D0.0")
+        assert len(record.token_at) == record.output_len == 24
+        assert record.token_at == sorted(record.token_at)
+        pages = -(-record.prompt_len // 16)
+        assert record.handoff_bytes == pages * 393_216
+        assert record.sent_at <= record.queued_at <= record.prefill_start_at < record.prefill_end_at
+        assert record.handoff_start_at <= record.handoff_end_at <= record.decode_start_at < record.token_at[-1]
+        assert sum(span.amount for span in record.spans if span.kind == "prefill") == record.prompt_len
+
+
+@two_cores
+def test_chunks_travel_while_the_prompt_is_still_computed():
+    """With small chunks the first copy of a long prompt starts before its prefill ends."""
+    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=32) as llm:
+        (done,) = llm.generate([list(range(1000))], GREEDY)
+
+    assert done.record.handoff_start_at < done.record.prefill_end_at
+
+
+@two_cores
+def test_a_request_that_ends_with_its_first_token_hands_nothing_over():
+    """max_tokens 1: one token, no decode, and the decode worker's reservation is gone."""
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=32) as llm:
+        outputs = llm.generate(PROMPTS, one)
+        assert_idle(llm.cluster)
+
+    assert [len(done.token_ids) for done in outputs] == [1] * len(PROMPTS)
+
+
+@two_cores
+def test_a_seed_gives_the_same_tokens_everywhere():
+    """Sampling depends on seed and prompt, not on batch, worker or hand-off."""
+    params = [SamplingParams(temperature=1.0, top_p=0.9, seed=7 + i, max_tokens=12) for i in range(len(PROMPTS))]
+    seen = []
+    for deploy in ("1C", "1P1D"):
+        with LLM("seed", deploy=deploy, budget="cpu:2") as llm:
+            seen.append([done.token_ids for done in llm.generate(PROMPTS, params)])
+            alone = llm.generate(PROMPTS[3:4], params[3])[0].token_ids
+
+    assert seen[0] == seen[1]
+    assert alone == seen[1][3]
+
+
+@two_cores
+def test_aborts_at_any_moment_free_every_page():
+    """A request aborted while queued, prefilling, handed over or decoding leaves nothing on either worker."""
+    deployment = Deployment.parse("1P1D", Budget.parse("cpu:2", CORES))
+    with Cluster(deployment, EngineSpec(max_batch_tokens=32)) as cluster:
+        for delay in range(12):
+            ids = [cluster.submit(list(range(200)), SamplingParams(temperature=0, max_tokens=50)) for _ in range(3)]
+            for _ in range(delay):
+                cluster.poll(0.004)
+            records = [cluster.abort(request_id) for request_id in ids]
+            assert {record.finish_reason for record in records if record} <= {"abort"}
+        assert cluster.num_live == 0
+        assert_idle(cluster)
+
+
+@two_cores
+@pytest.mark.parametrize("victim", ["P0.0", "D0.0"])
+def test_a_killed_worker_ends_the_run_with_a_sentence(victim):
+    """kill -9 in the middle of work: an error that names the worker within a second, no hang, nothing left."""
+    deployment = Deployment.parse("1P1D", Budget.parse("cpu:2", CORES))
+    with Cluster(deployment, EngineSpec()) as cluster:
+        for prompt in PROMPTS:
+            cluster.submit(prompt, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+        wait_until(lambda: any(update.tokens for update in cluster.poll(0.05)))
+        (pid,) = [p.popen.pid for p in cluster._processes if p.config.worker == victim]
+        os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(WorkerLost, match=f"{victim}.*SIGKILL"):
+            wait_until(lambda: False, cluster)
+        assert time.monotonic() - started < 1.0
+
+
+@two_cores
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_front_end_that_is_stopped_takes_everything_with_it(number):
+    """Ctrl-C, a termination and even kill -9 of the front end leave no worker and no folder (see the fixture)."""
+    code = (
+        "from disagg.cli.main import main;"
+        "main(['generate', '--model', 'seed', '--ids', '1,2,3', '--deploy', '1P1D', '--budget', 'cpu:2',"
+        " '--max-tokens', '5000', '--ignore-eos'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(8)  # it streams
+    process.send_signal(number)
+    process.communicate(timeout=20)
+
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+
+
+@two_cores
+def test_bad_requests_are_refused_before_anything_runs():
+    """Too long, out of the vocabulary, not fitting into memory, no tokenizer: one sentence each, nothing started."""
+    with LLM("seed", deploy="2C", budget="cpu:2", max_len=256, kv_bytes=2 * 10 * 393_216) as llm:
+        for prompt, params, words in (
+            ([1] * 256, GREEDY, "context"),
+            ([], GREEDY, "context"),
+            ([10_000], GREEDY, "vocabulary"),
+            ([-1], GREEDY, "vocabulary"),
+            ([1] * 150, GREEDY, "kv-memory"),
+            ("text", GREEDY, "tokenizer"),
+            ([1], SamplingParams(stop=("x",)), "tokenizer"),
+        ):
+            with pytest.raises(RequestError, match=words):
+                llm.generate([[1, 2, 3], prompt], params)
+        assert_idle(llm.cluster)
+        assert len(llm.generate([[1, 2, 3]], GREEDY)[0].token_ids) == 24
+
+
+def test_what_cannot_start_says_so():
+    """Unknown model, impossible budget or deployment, unknown option, too little memory: a sentence, no process."""
+    for arguments, words in (
+        ({"model": "sead"}, "seed"),
+        ({"model": "seed", "budget": "cpu:1000"}, "cpu:1000"),
+        ({"model": "seed", "budget": "gpu"}, "cpu:N"),
+        ({"model": "seed", "deploy": "2X"}, "1P1D"),
+        ({"model": "seed", "page_sise": 16}, "page_size"),
+        ({"model": "seed", "kv_bytes": 1000}, "kv-memory"),
+        ({"model": "seed", "max_len": 10**9}, "max_len"),
+    ):
+        with pytest.raises((InputError, BudgetError), match=words):
+            LLM(**arguments)
