@@ -3,9 +3,10 @@
     python bench/ops.py [--dtype float16] [--threads 1 2] [--repeats 15] [--page-size 16]
 
 Shapes are SmolLM2-135M's (30 layers, hidden 576, 9 query and 3 key heads of 64, MLP 1536, vocabulary 49,152) with
-random weights; a step is decoder, final norm and logits. The limit of each line is max(bytes / bandwidth, FLOP / peak), where
-bandwidth (reading 512 MB) and peak (torch's 1024^3 sgemm) are measured in the same run, before and after, and the
-better is taken: on a shared machine they move by a factor of two. Times are the best and the median of the repeats.
+random weights; a step is decoder, final norm and logits. The limit of each line is max(bytes / bandwidth,
+FLOP / peak). Bandwidth (reading 512 MB) and peak (torch's 1024^3 sgemm) are measured in the same run, before and
+after, and the better is taken: on a shared machine they move by a factor of two.
+Times are the best and the median of the repeats.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
     │   ├── BudgetError    devices the machine lacks, arms that do not fit the budget
     │   ├── TraceError     a malformed trace row; names the line
     │   └── RequestError   a prompt that cannot fit, sampling values out of range
+    ├── Overloaded         too many requests are outstanding; HTTP 503 with Retry-After
     ├── WorkerLost         a worker process died or fell silent while it was needed
     ├── HandshakeError     two workers disagree on model, dtype, page layout or protocol
     └── InvariantError     our own bookkeeping is broken; never the caller's fault
@@ -40,6 +41,14 @@ class TraceError(InputError):
 
 class RequestError(InputError):
     """A request that can never be served: too long for the context, sampling values out of range."""
+
+
+class Overloaded(DisaggError):
+    """The deployment has as many requests as it may hold; another may come in `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"Overloaded: retry after {retry_after_s:.1f} s.")
+        self.retry_after_s = retry_after_s
 
 
 class WorkerLost(DisaggError):

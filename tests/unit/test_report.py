@@ -75,6 +75,7 @@ def test_the_numbers_that_matter_are_on_the_page(english: str) -> None:
     for expected in (*ARMS, "182.3", "156.7", "58.2", "124.1", "12.3", "14.04%", "TTFT ≤ 250 ms", "not resolved"):
         assert expected in text
     assert "disagg compare --model seed" in english
+    assert all(re.search(rf"{worker}\s+\d+ %", text) for worker in ("C0", "C1", "P0", "D0"))  # how busy each was
 
 
 def test_chinese_pages_have_no_english_left(folder: Path) -> None:

@@ -9,13 +9,13 @@ from disagg.clock import ManualClock
 from disagg.config import SLO, EngineSpec
 from disagg.errors import BudgetError, InputError
 from disagg.measure import stages
-from disagg.measure.compare import compare, make_arms
+from disagg.measure.compare import compare, merge_note
 from disagg.measure.guards import differences, run_guards
-from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial, read_run
+from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial, make_arms, read_run
 from disagg.measure.summary import read_summary, summarize
 from disagg.measure.tables import show
 from disagg.record import Record, read_records
-from disagg.workload.workload import read_workloads
+from disagg.workload.workload import Note, read_workloads
 
 QUICK = Settings(repeats=3, rates=(20.0, 60.0), duration_s=2.0, requests=5, tune=False)
 
@@ -251,7 +251,7 @@ def test_tuning(tmp_path):
     """The colocated arm is restarted with each size, every start is stopped again, and the choice is stated."""
     settings = msgspec.structs.replace(QUICK, tune=True)
     run, summary, started = _compare(tmp_path, settings)
-    assert [trial.max_batch_tokens for trial in run.tuning] == [512, 256, 128, 64]
+    assert [trial.max_batch_tokens for trial in run.tuning] == [512, 256, 128]
     assert run.arms[0].engine.max_batch_tokens == 512  # the fake does not care, so what was asked for stays
     assert all(fake.closed for fake in started)
     assert "tuned" in {note["key"] for note in summary["notes"]}
@@ -281,8 +281,18 @@ def test_rates_and_durations():
     assert stages.choose_rates(Settings(), capacity) == [20.0, 30.0, 40.0, 45.0]
     assert stages.choose_rates(Settings(rates=(9.0, 3.0)), capacity) == [3.0, 9.0]
     assert stages.choose_duration(Settings(), [20.0, 45.0], 200.0, 20, 0.5) == pytest.approx(0.95 * 200 / 20 - 0.5)
-    assert stages.choose_duration(Settings(), [2.0], 1.0, 20, 0.5) == 6.0
+    assert stages.choose_duration(Settings(), [2.0], 1.0, 20, 0.5) == 8.0
     assert stages.choose_duration(Settings(duration_s=3.0), [2.0], 1.0, 20, 0.5) == 3.0
+
+
+def test_counts_of_one_kind_of_note_add_up():
+    """Cut requests of all blocks make one note; scalings of different rates stay apart."""
+    notes: list[Note] = []
+    for rate, num in ((1.0, 2), (1.0, 3), (2.0, 0)):
+        notes = merge_note(notes, Note("length_scale", {"scale": 0.5, "max_len": 10, "num": num, "of": 20}))
+        notes = merge_note(notes, Note("time_scale", {"rate": rate}))
+    assert [note.key for note in notes] == ["length_scale", "time_scale", "time_scale"]
+    assert notes[0].values == {"scale": 0.5, "max_len": 10, "num": 5, "of": 60}
 
 
 def test_a_slow_model_gets_fewer_requests_and_says_so():

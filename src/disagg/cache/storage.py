@@ -46,9 +46,8 @@ class KVStorage:
         raw = torch.from_numpy(np.asarray(memoryview(buffer).cast("B")))
         self.num_pages = len(raw) // self.page_bytes if num_pages is None else num_pages
         if len(raw) < self.num_pages * self.page_bytes or device != "cpu":
-            raise InvariantError(
-                f"A buffer of {len(raw)} bytes cannot hold {self.num_pages} pages of {self.page_bytes} bytes on {device}."
-            )
+            need = f"{self.num_pages} pages of {self.page_bytes} bytes on {device}"
+            raise InvariantError(f"A buffer of {len(raw)} bytes cannot hold {need}.")
         self.pages = raw[: self.num_pages * self.page_bytes].view(element).view(self.num_pages, *self._shape)
 
     def page_view(self, page: int) -> Tensor:

@@ -1,12 +1,13 @@
 """`disagg compare`: the options, the results folder and the progress bar around `measure.compare`."""
 
+import contextlib
 import datetime
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from disagg.config import SLO, EngineSpec
 from disagg.errors import InputError
 from disagg.measure import run as runs
 from disagg.measure.compare import compare as measure
-from disagg.measure.compare import make_arms
 from disagg.measure.tables import show
 from disagg.workload.lengths import Lengths
 from disagg.workload.workload import Shape
 
 GIB = 1 << 30
 _ENGINE, _SETTINGS, _SHAPE = EngineSpec(), runs.Settings(), Shape()
-QUICK: dict[str, Any] = {"repeats": 3, "loads": (0.6, 0.9), "tune": False, "time_budget_s": 38.0}
+QUICK: dict[str, Any] = {"repeats": 3, "loads": (0.6, 0.9), "tune": False, "time_budget_s": 44.0}
 
 _Command = Callable[..., None]
 
@@ -130,7 +130,7 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
 
     settings = _settings(options)
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    arms = make_arms(settings, cores)
+    arms = runs.make_arms(settings, cores)
     run = runs.Run(
         command=shlex.join(["disagg", *sys.argv[1:]]),
         settings=settings,
@@ -138,13 +138,12 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
         environment=runs.environment(),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    folder = _make_folder(out, settings.engine.model)
     console = Console(stderr=True)
     console.print(_headline(run), style="bold", highlight=False)
-    with _Bar(console) as bar:
+    with _results_folder(out, settings.engine.model) as folder, _Bar(console) as bar:
         summary = measure(run, folder, Cluster, WallClock(), bar)
         bar.stage("report")
-        from disagg.measure.report import build
+        from disagg.measure.report import build  # draws: slow to import
 
         build(folder, settings.lang)
         bar.step()
@@ -201,8 +200,12 @@ def _headline(run: runs.Run) -> str:
     return f"{engine.model}, {engine.dtype}, seed {run.settings.seed}: {' against '.join(placed)}"
 
 
-def _make_folder(out: Path | None, model: str) -> Path:
-    """A new, empty folder. Raises InputError when it holds something: records of two runs must not mix."""
+@contextlib.contextmanager
+def _results_folder(out: Path | None, model: str) -> Iterator[Path]:
+    """A new folder, taken away again when nothing was written into it.
+
+    Raises InputError when it holds something: records of two runs must not mix.
+    """
     if out is None:
         name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
         out = Path("results") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
@@ -212,7 +215,11 @@ def _make_folder(out: Path | None, model: str) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be made ({error.strerror}): name another --out.") from error
-    return out
+    try:
+        yield out
+    finally:
+        with contextlib.suppress(OSError):  # not empty: the usual case
+            out.rmdir()
 
 
 class _Bar:

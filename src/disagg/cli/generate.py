@@ -47,9 +47,7 @@ Examples:
 @click.option("--seed", type=int, help="The same seed and prompt give the same tokens.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print output and timing as one JSON line, not streamed."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print output and timing as one JSON line, not streamed.")
 def generate(
     prompt: str | None,
     ids: str | None,

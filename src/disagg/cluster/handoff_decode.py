@@ -1,31 +1,40 @@
 """The decode worker's side of a hand-off: pages are reserved first, filled chunk by chunk, then the request runs here.
 
-    Offer ─▶ WAIT_PAGES ──room──▶ FILLING ──all chunks copied, first token known──▶ (request adopted, PullDone sent)
+    Offer ─▶ WAIT_PAGES ──room──▶ FILLING ──all pages copied and right, lease proven──▶ PullDone, the request runs here
                 │                    │
-                │                    ├──abort, cancel, copy failed, lease over──▶ QUIESCING ──copies ended──▶ (Dropped)
-                └──abort, cancel, refused────────────────────────────────────────────────────────────▶ (Dropped)
+                └──────abort, cancel, failure─────▶ QUIESCING ──copies ended──▶ Dropped
+
+A failure is: no room or no news for `max_wait_s`, a chunk lost or malformed, a copy failed or damaged, the lease over,
+the prefill worker dead. Then the request goes on where it costs least:
+
+    the prefill worker lives and the lease holds     there, with the pages it has: Dropped says `refused`
+    else, the first token is known                   here, computed anew from its tokens: `recompute`
+    else, the prefill worker is dead                 nowhere: `give_up`, and the front end retries
+    else                                             there, if it lives; if it does not, the front end retries
 
 Rules. A target page belongs to this side from its reservation until the request is adopted or the page is released,
 and it is not released while a copy into it is in flight. Reservations are made for whole prompts, first come first
-served, so two half-filled requests cannot starve each other. What was copied counts only if the lease still held when
-the copy ended: later, the source may have been reused. A failed hand-off whose first token is known is recomputed
-here from its tokens; otherwise the prefill worker is asked to keep it (`Dropped.refused`), and if that one is dead the
-front end hears of it.
+served, so two half-filled requests cannot starve each other. A request is adopted only while the lease holds, and only
+what was copied while it held counts: later, the source may have been reused. A hand-off that ended leaves a tombstone,
+so that no late or doubled message opens it again.
 """
 
 import enum
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from disagg.clock import Clock
+from disagg.cluster.handoff_prefill import Held, remember
 from disagg.cluster.messages import Cancel, ChunkReady, Dropped, Hello, Message, Offer, PullDone, Renew, Renewed
 from disagg.engine.scheduler import Scheduler
 from disagg.errors import HandshakeError
 from disagg.record import Facts, Span
 from disagg.transfer.base import Pulled, Transport
 
-_TOMBSTONES = 10_000  # aborted request ids remembered, so that an Offer that comes after its Abort is not taken
+_RENEWALS = 4  # per lease: three may be late or lost
 
 
 class ReceiveState(enum.Enum):
@@ -36,35 +45,64 @@ class ReceiveState(enum.Enum):
     QUIESCING = "quiescing"
 
 
+class Pull(NamedTuple):
+    """A copy in flight: which pages of which hand-off."""
+
+    handoff: str
+    first: int
+    stop: int
+
+
+class Asked(NamedTuple):
+    """A Renew whose answer may still come."""
+
+    at: float
+    worker: str
+    handoffs: list[str]
+
+
 @dataclass(slots=True)
 class Receiving:
     """One hand-off as its decode worker sees it."""
 
     offer: Offer
-    lease_until: float
-    waiting_since: float
+    since: float  # of the last progress: offered, room found, chunk announced, copy ended
+    lease_until: float  # fail when it has passed
     facts: Facts
     state: ReceiveState = ReceiveState.WAIT_PAGES
     pages: list[int] = field(default_factory=list)  # reserved here
     theirs: list[int] = field(default_factory=list)  # announced, in order
-    checksums: list[int] = field(default_factory=list)  # one per page of `theirs`, when checked
+    checksums: list[int] = field(default_factory=list)  # one per page of `theirs`, when they are checked
     num_asked: int = 0  # how many of `theirs` a pull was started for
-    num_computed: int = 0
     first_token: int | None = None
     tickets: set[int] = field(default_factory=set)
+    copied_at: float = -math.inf  # when the last copy ended
+    proven_until: float = -math.inf  # what was copied by then is what the source had
     source_lost: bool = False
-    refused: str = ""  # why the prefill worker should keep the request
+    refused: str = ""  # why the prefill worker should go on with the request
+    reason: str = ""  # why it holds pages, for the audit
+    outcome: str = ""  # how it will be counted, once it is QUIESCING
+
+    @property
+    def source(self) -> str:
+        """The prefill worker, name.epoch."""
+        return self.offer.source.worker
+
+    @property
+    def num_computed(self) -> int:
+        """How many positions the pages hold when all are filled."""
+        return len(self.offer.request.tokens)
 
 
 class DecodeHost(Protocol):
-    """What this side asks of the worker it lives in."""
+    """What this side asks of the worker it lives in. From each call on, the request is the worker's."""
 
     def adopt(self, receiving: Receiving) -> None:
-        """All pages are filled and the first token is known: run the request."""
+        """All pages are filled and the first token is known: run the request. The pages are the worker's now."""
         ...
 
     def recompute(self, receiving: Receiving) -> None:
-        """The pages did not come but the first token is known: compute all of it here."""
+        """The pages did not come but the first token is known: compute all of it here. The pages stay this side's."""
         ...
 
     def give_up(self, receiving: Receiving, reason: str) -> None:
@@ -72,14 +110,17 @@ class DecodeHost(Protocol):
         ...
 
     def checksum(self, pages: list[int]) -> list[int]:
-        """One number per page of this worker, as PrefillSide's `checksum`."""
+        """One number per page of this worker, as PrefillSide's `checksum`; nothing when pages are not checked."""
         ...
 
 
 class DecodeSide:
     """All hand-offs this worker takes. Pure: driven by messages and ticks.
 
-    `max_wait_s` bounds the wait for room: after it the prefill worker is asked to keep the request.
+    `max_wait_s` bounds every wait of one hand-off: for room, for the next chunk, for a copy. `clock_name` says which
+    processes read the same clock.
+
+    `counts` has started, done, failed, expired and aborted; the last four and the table's length add up to the first.
     """
 
     def __init__(
@@ -91,40 +132,51 @@ class DecodeSide:
         scheduler: Scheduler,
         host: DecodeHost,
         max_wait_s: float,
+        clock_name: str = "host",
     ) -> None:
         self._hello = hello
+        self._me = hello.worker
         self._clock = clock
         self._send = send
         self._transport = transport
         self._scheduler = scheduler
         self._host = host
         self._max_wait_s = max_wait_s
+        self._clock_name = clock_name
         self._table: dict[str, Receiving] = {}  # in order of arrival
-        self._by_ticket: dict[int, str] = {}
-        self._aborted: dict[str, None] = {}  # request ids, oldest first
-        self._renewals: dict[int, float] = {}  # serial -> when it was sent
+        self._pulls: dict[int, Pull] = {}
+        self._asked: dict[int, Asked] = {}  # by serial
         self._serial = 0
-        self._renew_at = 0.0
+        self._renew_at = math.inf
+        self._sources: dict[str, str] = {}  # prefill worker -> address of its pages, mapped
+        self._ended: dict[str, None] = {}  # hand-offs: a tombstone each
+        self._aborted: dict[str, float] = {}  # request id -> the last attempt nobody wants: tombstones
+        self._lost: dict[str, None] = {}  # dead workers: a tombstone each
+        self.counts: Counter[str] = Counter()
 
     def on_offer(self, offer: Offer) -> None:
-        """A prefill worker wants to hand over a request."""
-        refused = ""
-        if offer.request.id in self._aborted:
-            self._send(offer.source.worker, Dropped(offer.handoff))
+        """A prefill worker wants to hand over a request. A later attempt ends the earlier ones."""
+        handoff, source, request = offer.handoff, offer.source.worker, offer.request
+        if handoff in self._table or handoff in self._ended or source in self._lost:
             return
-        if difference := self._hello.layout.difference(offer.source.layout):
-            refused = f"{self._hello.worker} cannot take pages of {offer.source.worker}: they differ in {difference}"
-        else:
-            try:
-                self._transport.connect(offer.source.address)
-            except HandshakeError as error:
-                refused = str(error)
-        if refused:
-            self._send(offer.source.worker, Dropped(offer.handoff, refused))
+        if request.attempt <= self._aborted.get(request.id, -1):
+            remember(self._ended, handoff, None)
+            self._send(source, Dropped(self._me, handoff))
             return
-        facts = Facts(self._hello.worker)
-        receiving = Receiving(offer, offer.sent_at + offer.lease_s, self._clock.now(), facts)
-        self._table[offer.handoff] = receiving
+        if request.attempt:
+            self.abort(request.id, request.attempt - 1)
+        now = self._clock.now()
+        shared = offer.clock == self._clock_name
+        lease_until = (offer.sent_at if shared else now) + offer.lease_s
+        if refused := self._objection(offer) or ("the offer came too late" if lease_until <= now else ""):
+            remember(self._ended, handoff, None)
+            self._send(source, Dropped(self._me, handoff, refused))
+            return
+        self.counts["started"] += 1
+        receiving = self._table[handoff] = Receiving(offer, now, lease_until, Facts(self._me), reason=f"from {source}")
+        if shared:
+            receiving.proven_until = lease_until
+        self._renew_at = min(self._renew_at, now + offer.lease_s / _RENEWALS if shared else now)
         self._reserve()
 
     def on_message(self, message: ChunkReady | Cancel | Renewed) -> None:
@@ -133,37 +185,37 @@ class DecodeSide:
             self._renewed(message)
             return
         receiving = self._table.get(message.handoff)
-        if receiving is None:  # it ended here: an abort crossed this message, or it is a duplicate
+        if receiving is not None and receiving.source != message.worker:
             return
         if isinstance(message, Cancel):
-            self._drop(message.handoff)
-        elif receiving.first_token is None and message.num_computed > receiving.num_computed:
-            receiving.theirs += message.pages
-            receiving.checksums += message.checksums
-            receiving.num_computed = message.num_computed
-            receiving.first_token = message.first_token
-            self._pull(receiving)
+            if receiving is not None:
+                self._drop(message.handoff, "aborted", message.reason)
+            elif message.worker not in self._lost:  # the answer was lost, or the Offer is still to come
+                remember(self._ended, message.handoff, None)
+                self._send(message.worker, Dropped(self._me, message.handoff))
+        elif receiving is not None and receiving.state is not ReceiveState.QUIESCING:
+            self._announced(receiving, message)
 
-    def abort(self, request_id: str) -> None:
-        """The client is gone. Remembered, so that an Offer still on its way is not taken."""
-        self._aborted[request_id] = None
-        if len(self._aborted) > _TOMBSTONES:
-            del self._aborted[next(iter(self._aborted))]
+    def abort(self, request_id: str, attempt: int | None = None) -> None:
+        """Nobody wants this request up to `attempt` (None: ever). Remembered: its Offer may still be on its way."""
+        last = math.inf if attempt is None else attempt
+        remember(self._aborted, request_id, max(last, self._aborted.get(request_id, -1)))
         for handoff, receiving in list(self._table.items()):
-            if receiving.offer.request.id == request_id:
-                self._drop(handoff)
+            if receiving.offer.request.id == request_id and receiving.offer.request.attempt <= last:
+                self._drop(handoff, "aborted", "aborted")
 
     def worker_lost(self, worker: str) -> None:
-        """A prefill worker died: nothing more comes from it; copies in flight still end."""
+        """A prefill worker died. Its memory stays mapped: what it announced whole may still be copied, in its lease."""
+        remember(self._lost, worker, None)
         for handoff, receiving in list(self._table.items()):
-            if receiving.offer.source.worker == worker:
+            if receiving.source == worker:
                 receiving.source_lost = True
-                if receiving.state is not ReceiveState.QUIESCING:
+                if receiving.state is not ReceiveState.QUIESCING and receiving.first_token is None:
                     self._fail(handoff, f"{worker} died")
-                self._transport.disconnect(receiving.offer.source.address)
+        self._unmap(worker)
 
     def tick(self) -> None:
-        """Collect copies, find room, renew leases, end what waited too long. Runs on every turn of the loop."""
+        """Collect copies, end what waited too long, find room, renew leases. Runs on every turn of the loop."""
         for pulled in self._transport.poll():
             self._copied(pulled)
         now = self._clock.now()
@@ -171,33 +223,52 @@ class DecodeSide:
             if receiving.state is ReceiveState.QUIESCING:
                 continue
             if receiving.lease_until <= now:
-                self._fail(handoff, "the lease was over before the copy was")
-            elif receiving.state is ReceiveState.WAIT_PAGES and now - receiving.waiting_since > self._max_wait_s:
-                self._fail(handoff, f"{self._hello.worker} found no room in {self._max_wait_s:g} s")
+                self._fail(handoff, "the lease was over before the copy was", "expired")
+            elif now - receiving.since > self._max_wait_s:
+                lacks = "room" if receiving.state is ReceiveState.WAIT_PAGES else "the next page"
+                self._fail(handoff, f"{self._me} waited {self._max_wait_s:g} s for {lacks}")
         self._reserve()
         if now >= self._renew_at:
             self._renew(now)
 
-    def held(self) -> list[tuple[str, str, list[int], float]]:
-        """For the audit: (hand-off, state, pages, seconds of lease left)."""
+    def held(self) -> list[Held]:
+        """For the audit and the conservation rule: every hand-off and the pages reserved for it."""
         now = self._clock.now()
-        return [(key, r.state.value, list(r.pages), r.lease_until - now) for key, r in self._table.items()]
+        return [
+            Held(handoff, r.state.value, list(r.pages), r.lease_until - now, now - r.since, r.reason)
+            for handoff, r in self._table.items()
+        ]
+
+    # Offered: may it come?
+
+    def _objection(self, offer: Offer) -> str:
+        """Why this hand-off can never work, as a sentence; empty if it can. Maps the peer's pages."""
+        source, pool = offer.source, self._scheduler.pool
+        if difference := self._hello.layout.difference(source.layout):
+            return f"{self._me} cannot take pages of {source.worker}: they differ in {difference}."
+        needed = pool.num_pages_for(len(offer.request.tokens) + 1)
+        if needed > pool.num_pages:
+            return f"{self._me} has {pool.num_pages} pages and the prompt needs {needed}."
+        try:
+            self._transport.connect(source.address)
+        except HandshakeError as error:
+            return str(error)
+        self._sources[source.worker] = source.address
+        return ""
 
     def _reserve(self) -> None:
         """Give pages to those that wait, first come first served: the first that finds no room holds up the rest."""
-        for handoff, receiving in list(self._table.items()):
+        pool = self._scheduler.pool
+        for receiving in list(self._table.values()):
             if receiving.state is not ReceiveState.WAIT_PAGES:
                 continue
-            pool = self._scheduler.pool
-            needed = pool.num_pages_for(len(receiving.offer.request.tokens) + 1)
-            if needed > pool.num_pages:
-                self._fail(handoff, f"{self._hello.worker} has {pool.num_pages} pages and the prompt needs {needed}")
-            elif self._has_room(needed) and (pages := pool.allocate(needed)) is not None:
-                receiving.pages = pages
-                receiving.state = ReceiveState.FILLING
-                self._pull(receiving)
-            else:
+            needed = pool.num_pages_for(receiving.num_computed + 1)
+            if not self._has_room(needed) or (pages := pool.allocate(needed)) is None:
                 return
+            receiving.pages = pages
+            receiving.state = ReceiveState.FILLING
+            receiving.since = self._clock.now()
+            self._pull(receiving)
 
     def _has_room(self, needed: int) -> bool:
         """Whether another request may come: every running one keeps a page to grow into, and none is owed a place."""
@@ -211,96 +282,153 @@ class DecodeSide:
             and scheduler.pool.num_free - needed >= scheduler.num_running
         )
 
+    # Chunks and copies
+
+    def _announced(self, receiving: Receiving, chunk: ChunkReady) -> None:
+        """Take in a chunk: once, in order, and only if it is what it must be. The first token is good in any case."""
+        have, stop = len(receiving.theirs), chunk.first_page + len(chunk.pages)
+        if chunk.first_page < have:
+            return  # a duplicate
+        if chunk.first_token is not None:
+            receiving.first_token = chunk.first_token
+        total = self._scheduler.pool.num_pages_for(receiving.num_computed)
+        if chunk.first_page > have:
+            self._fail(chunk.handoff, f"pages {have} to {chunk.first_page} were never announced")
+        elif not chunk.pages or stop > total or (stop == total) != (chunk.first_token is not None):
+            self._fail(chunk.handoff, f"{len(chunk.pages)} pages from {have} of {total} cannot be a chunk")
+        else:
+            receiving.theirs += chunk.pages
+            receiving.checksums += chunk.checksums
+            receiving.since = self._clock.now()
+            self._pull(receiving)
+
     def _pull(self, receiving: Receiving) -> None:
         """Start copying what was announced and not asked for yet, if there is room for it."""
-        if receiving.state is not ReceiveState.FILLING:
-            return
-        theirs = receiving.theirs[receiving.num_asked :]
-        if theirs:
-            ours = receiving.pages[receiving.num_asked : receiving.num_asked + len(theirs)]
-            ticket = self._transport.pull(receiving.offer.source.address, theirs, ours)
-            receiving.num_asked += len(theirs)
+        first, stop = receiving.num_asked, len(receiving.theirs)
+        if receiving.state is ReceiveState.FILLING and first < stop:
+            address = receiving.offer.source.address
+            ticket = self._transport.pull(address, receiving.theirs[first:stop], receiving.pages[first:stop])
+            receiving.num_asked = stop
             receiving.tickets.add(ticket)
-            self._by_ticket[ticket] = receiving.offer.handoff
+            self._pulls[ticket] = Pull(receiving.offer.handoff, first, stop)
 
     def _copied(self, pulled: Pulled) -> None:
-        handoff = self._by_ticket.pop(pulled.ticket)
-        receiving = self._table[handoff]
+        handoff, first, stop = self._pulls.pop(pulled.ticket)
+        receiving = self._table[handoff]  # it is not let go before its copies have ended
         receiving.tickets.discard(pulled.ticket)
-        facts = receiving.facts
-        facts.handoff_start_at = pulled.start_at if facts.handoff_start_at is None else facts.handoff_start_at
-        facts.handoff_end_at = pulled.end_at
-        facts.handoff_bytes += pulled.num_bytes
-        facts.handoff_busy_s += pulled.end_at - pulled.start_at
-        facts.spans.append(Span("handoff", self._hello.worker, pulled.start_at, pulled.end_at, pulled.num_bytes))
+        receiving.copied_at = max(receiving.copied_at, pulled.end_at)
+        receiving.since = self._clock.now()
+        _note(receiving.facts, pulled)
         if receiving.state is ReceiveState.QUIESCING:
-            self._drop(handoff)
+            self._leave(handoff)
         elif pulled.error:
             self._fail(handoff, pulled.error)
-        elif pulled.end_at > receiving.lease_until:
-            self._fail(handoff, "the lease was over before the copy was")
+        elif (ours := self._host.checksum(receiving.pages[first:stop])) and ours != receiving.checksums[first:stop]:
+            self._fail(handoff, f"pages {first} to {stop} arrived damaged")
         else:
             self._finish(handoff)
 
     def _finish(self, handoff: str) -> None:
-        """Adopt the request if everything is here and right."""
+        """Adopt the request if everything is here, and was read and is taken while the source was surely kept."""
         receiving = self._table[handoff]
-        if receiving.first_token is None or receiving.tickets or receiving.num_asked < len(receiving.theirs):
+        complete = receiving.state is ReceiveState.FILLING and receiving.first_token is not None
+        if not complete or receiving.tickets or receiving.num_asked < len(receiving.theirs):
             return
-        if receiving.checksums:
-            ours = self._host.checksum(receiving.pages[: receiving.num_asked])
-            if wrong := sum(mine != theirs for mine, theirs in zip(ours, receiving.checksums, strict=True)):
-                self._fail(handoff, f"{wrong} page(s) arrived damaged")
-                return
-        del self._table[handoff]
-        self._send(receiving.offer.source.worker, PullDone(handoff))
+        if max(receiving.copied_at, self._clock.now()) >= receiving.proven_until:
+            return  # a renewal may prove it yet; if none comes, the lease ends it
+        self._forget(handoff, "done")
+        if not receiving.source_lost:
+            self._send(receiving.source, PullDone(self._me, handoff))
         self._host.adopt(receiving)
 
-    def _fail(self, handoff: str, reason: str) -> None:
-        """This hand-off will not succeed; find out who computes the request instead."""
-        receiving = self._table[handoff]
-        if receiving.first_token is not None:
-            self._host.recompute(receiving)
-            self._drop(handoff)
-        elif receiving.source_lost:
-            self._host.give_up(receiving, reason)
-            self._drop(handoff)
-        else:
-            self._drop(handoff, refused=reason)
+    # The ways out
 
-    def _drop(self, handoff: str, refused: str = "") -> None:
-        """Let go: at once, or when the copies in flight have ended."""
+    def _fail(self, handoff: str, reason: str, outcome: str = "failed") -> None:
+        """This hand-off will not succeed; see the module's text for who computes the request instead."""
         receiving = self._table[handoff]
-        if refused:
-            receiving.refused = refused
-        if receiving.tickets:
-            receiving.state = ReceiveState.QUIESCING
+        refused = ""
+        if not receiving.source_lost and (receiving.first_token is None or receiving.lease_until > self._clock.now()):
+            refused = reason
+        elif receiving.first_token is not None:
+            self._host.recompute(receiving)
+        else:
+            self._host.give_up(receiving, reason)
+        self._drop(handoff, outcome, reason, refused)
+
+    def _drop(self, handoff: str, outcome: str, reason: str, refused: str = "") -> None:
+        """Let go: at once, or when the copies in flight have ended. Only the first reason counts."""
+        receiving = self._table[handoff]
+        if receiving.state is ReceiveState.QUIESCING:
             return
-        del self._table[handoff]
+        receiving.state = ReceiveState.QUIESCING
+        receiving.since = self._clock.now()
+        receiving.refused, receiving.reason, receiving.outcome = refused, reason, outcome
+        self._leave(handoff)
+
+    def _leave(self, handoff: str) -> None:
+        receiving = self._table[handoff]
+        if receiving.tickets:
+            return
         self._scheduler.pool.release(receiving.pages)
-        self._send(receiving.offer.source.worker, Dropped(handoff, receiving.refused))
+        self._forget(handoff, receiving.outcome)
+        if not receiving.source_lost:
+            self._send(receiving.source, Dropped(self._me, handoff, receiving.refused))
+
+    def _forget(self, handoff: str, outcome: str) -> None:
+        """The only way out of the table."""
+        receiving = self._table.pop(handoff)
+        remember(self._ended, handoff, None)
+        self.counts[outcome] += 1
+        if receiving.source_lost:
+            self._unmap(receiving.source)
+
+    def _unmap(self, worker: str) -> None:
+        """A dead worker's memory goes when nothing is copied from it any more."""
+        if all(receiving.source != worker for receiving in self._table.values()) and worker in self._sources:
+            self._transport.disconnect(self._sources.pop(worker))
+
+    # Leases
 
     def _renew(self, now: float) -> None:
-        """Ask for more time for everything still wanted, one message per prefill worker."""
+        """Ask for more time for everything still wanted or still read, one message per prefill worker."""
         wanted: dict[str, list[str]] = {}
-        soonest = float("inf")
+        lease_s = math.inf
         for handoff, receiving in self._table.items():
-            if receiving.state is not ReceiveState.QUIESCING:
-                wanted.setdefault(receiving.offer.source.worker, []).append(handoff)
-                soonest = min(soonest, receiving.offer.lease_s)
+            if not receiving.source_lost:
+                wanted.setdefault(receiving.source, []).append(handoff)
+                lease_s = min(lease_s, receiving.offer.lease_s)
         for worker, handoffs in wanted.items():
             self._serial += 1
-            self._renewals[self._serial] = now
-            self._send(worker, Renew(self._hello.worker, self._serial, handoffs))
-        if wanted:
-            self._renew_at = now + soonest / 4
-            self._renewals = {serial: at for serial, at in self._renewals.items() if now - at < soonest}
+            self._asked[self._serial] = Asked(now, worker, handoffs)
+            self._send(worker, Renew(self._me, self._serial, handoffs))
+        self._renew_at = now + lease_s / _RENEWALS
+        self._asked = {serial: asked for serial, asked in self._asked.items() if now - asked.at < lease_s}
 
     def _renewed(self, message: Renewed) -> None:
         """The lease runs anew from when it was asked for: the prefill worker counts from later, so it outlives ours."""
-        asked_at = self._renewals.pop(message.serial, None)
-        if asked_at is None:
+        asked = self._asked.get(message.serial)
+        if asked is None or asked.worker != message.worker:
             return
-        for handoff in message.handoffs:
-            if (receiving := self._table.get(handoff)) is not None:
-                receiving.lease_until = max(receiving.lease_until, asked_at + receiving.offer.lease_s)
+        del self._asked[message.serial]
+        granted = dict(zip(message.handoffs, message.announced, strict=False))
+        for handoff in asked.handoffs:
+            receiving = self._table.get(handoff)
+            if receiving is None or receiving.state is ReceiveState.QUIESCING:
+                continue
+            if handoff not in granted:
+                self._drop(handoff, "aborted", "the prefill worker does not have it any more")
+            elif granted[handoff] > len(receiving.theirs):
+                self._fail(handoff, "a chunk was lost")
+            else:
+                receiving.proven_until = max(receiving.proven_until, asked.at + receiving.offer.lease_s)
+                receiving.lease_until = max(receiving.lease_until, receiving.proven_until)
+                self._finish(handoff)
+
+
+def _note(facts: Facts, pulled: Pulled) -> None:
+    """A copy that ended, for the record."""
+    facts.handoff_start_at = pulled.start_at if facts.handoff_start_at is None else facts.handoff_start_at
+    facts.handoff_end_at = pulled.end_at
+    facts.handoff_bytes += pulled.num_bytes
+    facts.handoff_busy_s += pulled.end_at - pulled.start_at
+    facts.spans.append(Span("handoff", facts.worker, pulled.start_at, pulled.end_at, pulled.num_bytes))

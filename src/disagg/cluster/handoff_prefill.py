@@ -1,26 +1,40 @@
 """The prefill worker's side of a hand-off: who holds the pages of a prompt until its decode worker has them.
 
-    begin ─▶ OFFERED ──chunk ready──▶ SENDING ──last chunk ready──▶ HOLDING ──PullDone──▶ (pages released, forgotten)
-                │                        │                             │
-                └──────abort, finished early: Cancel sent──────────────┴──▶ QUIESCING ──Dropped, lease over──▶ (same)
-                │                        │                             │
-                └──────refused, decode worker lost─────────────────────┴──▶ the request goes on here, colocated
+    begin ─▶ OFFERED ──chunk──▶ SENDING ──last chunk──▶ HOLDING ──PullDone, Dropped──▶ (pages released, forgotten)
+                │                  │                       │
+                ├──refused─────────┼──refused──────────────┼──▶ (the request goes on here, colocated)
+                ├──lost, lease over┤                       └──lost, lease over──▶ (orphaned: the front end retries)
+                │                  │                       │
+                └─────abort, first token was the last──────┴──▶ QUIESCING ──PullDone, Dropped, lost, lease over──▶ (end)
 
 Rules. Announcing a page takes a reference of this side's own, so nothing that happens to the request can free it under
 the reader. The references are released exactly once: when the decode worker says it is done or dropped the hand-off,
 when it is known to be dead, or when the lease is over. A decode worker whose lease is over throws away what it copied
-(see handoff_decode), so a late read is harmless. A message about a hand-off that is not in the table is about one that
-ended: it is ignored. Nothing here blocks, and `tick` runs on every turn of the worker's loop, work or no work.
+(see handoff_decode), and its lease ends before ours: a late read is harmless.
+
+Until the first token was announced the decode worker cannot run the request, so it may go on here whenever the hand-off
+fails. From then on it may go on here only if the decode worker says so: it may be running there already, and two
+workers must not write one text. If the decode worker says nothing, the front end decides, which sees the tokens.
+
+A message about a hand-off that is not in the table is about one that ended: it is ignored. So is one from a worker,
+or an epoch of it, that the hand-off was not meant for. Nothing here blocks, and `tick` runs on every turn of the
+worker's loop, work or no work.
 """
 
 import enum
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 from disagg.clock import Clock
 from disagg.cluster.messages import Cancel, ChunkReady, Dropped, Hello, Message, Offer, PullDone, Renew, Renewed, Submit
 from disagg.engine.scheduler import Scheduler
 from disagg.request import Request, Status
+
+_GRACE = 0.5  # our lease is longer than the decode worker's by this share: for its last message to arrive
+_TOMBSTONES = 10_000
+_T = TypeVar("_T")
 
 
 class SendState(enum.Enum):
@@ -32,15 +46,29 @@ class SendState(enum.Enum):
     QUIESCING = "quiescing"
 
 
+class Held(NamedTuple):
+    """One line of `held`: a hand-off, the pages it has references to, and why it has them."""
+
+    handoff: str
+    state: str
+    pages: list[int]
+    lease_s: float  # left of the lease; negative when it is over
+    age_s: float  # in this state
+    reason: str
+
+
 @dataclass(slots=True)
 class Sending:
     """One hand-off as its prefill worker sees it."""
 
     request: Request
     to: str  # decode worker, name.epoch
-    state: SendState
+    since: float  # in this state
     lease_until: float
+    num_known: int  # tokens it came with; when it has more, its first token from here is known
+    state: SendState = SendState.OFFERED
     pages: list[int] = field(default_factory=list)  # announced; one reference each is ours
+    reason: str = ""  # why it holds pages, for the audit
 
 
 class PrefillSide:
@@ -48,6 +76,10 @@ class PrefillSide:
 
     `freed(request)` is told when a request was handed over and nothing of it is left here.
     `checksum(pages)` gives one number per page, or nothing when integrity checking is off.
+    `orphaned(request, reason)` is told when nobody computes a request any more: it has left the scheduler.
+    `clock_name` says which processes read the same clock.
+
+    `counts` has started, done, failed, expired and aborted; the last four and the table's length add up to the first.
     """
 
     def __init__(
@@ -59,8 +91,11 @@ class PrefillSide:
         lease_s: float,
         freed: Callable[[Request], None] = lambda request: None,
         checksum: Callable[[list[int]], list[int]] = lambda pages: [],
+        orphaned: Callable[[Request, str], None] = lambda request, reason: None,
+        clock_name: str = "host",
     ) -> None:
         self._hello = hello
+        self._me = hello.worker
         self._page_size = hello.layout.page_size
         self._clock = clock
         self._send = send
@@ -68,14 +103,27 @@ class PrefillSide:
         self._lease_s = lease_s
         self._freed = freed
         self._checksum = checksum
+        self._orphaned = orphaned
+        self._clock_name = clock_name
         self._table: dict[str, Sending] = {}
+        self._lost: dict[str, None] = {}  # dead workers: a tombstone each
+        self.counts: Counter[str] = Counter()
 
     def begin(self, submit: Submit, request: Request) -> None:
-        """The request is about to get its first step here: tell its decode worker to make room."""
+        """The request is about to get its first step here: tell its decode worker to make room.
+
+        If that one is known to be dead, the request is decoded here.
+        """
         assert submit.decode_on is not None
-        now = self._clock.now()
-        self._table[handoff_id(submit)] = Sending(request, submit.decode_on, SendState.OFFERED, now + self._lease_s)
-        offer = Offer(handoff_id(submit), self._hello, submit, now, self._lease_s)
+        handoff, now = handoff_id(submit), self._clock.now()
+        if submit.decode_on in self._lost:
+            request.decode_elsewhere = False
+            return
+        self.counts["started"] += 1
+        self._table[handoff] = Sending(
+            request, submit.decode_on, now, now + self._hold_s, len(submit.tokens), reason=f"for {submit.decode_on}"
+        )
+        offer = Offer(handoff, self._hello, submit, now, self._lease_s, self._clock_name)
         self._send(submit.decode_on, offer)
 
     def advanced(self, handoff: str) -> None:
@@ -86,28 +134,26 @@ class PrefillSide:
         sending = self._table.get(handoff)
         if sending is None or sending.state not in (SendState.OFFERED, SendState.SENDING):
             return
-        request = sending.request
-        last = request.num_output > 0
+        request, first_page = sending.request, len(sending.pages)
+        last = len(request.tokens) > sending.num_known
         complete = len(request.pages) if last else request.num_computed // self._page_size
-        pages = request.pages[len(sending.pages) : complete]
-        if not pages and not last:
+        pages = request.pages[first_page:complete]
+        if not pages:
             return
         self._scheduler.pool.retain(pages)
         sending.pages += pages
-        sending.state = SendState.HOLDING if last else SendState.SENDING
+        self._enter(sending, SendState.HOLDING if last else SendState.SENDING)
         first_token = request.tokens[-1] if last else None
-        chunk = ChunkReady(handoff, pages, request.num_computed, self._checksum(pages), first_token)
+        chunk = ChunkReady(self._me, handoff, first_page, pages, self._checksum(pages), first_token)
         self._send(sending.to, chunk)
 
-    def cancel(self, handoff: str, reason: str) -> bool:
-        """Nobody needs the pages any more (abort, or the first token was the last). False when there is none such."""
+    def cancel(self, handoff: str, reason: str) -> None:
+        """Nobody needs the pages any more: the request ended here (abort, or its first token was its last)."""
         sending = self._table.get(handoff)
-        if sending is None:
-            return False
-        if sending.state is not SendState.QUIESCING:
-            sending.state = SendState.QUIESCING
-            self._send(sending.to, Cancel(handoff, reason))
-        return True
+        if sending is not None and sending.state is not SendState.QUIESCING:
+            self._enter(sending, SendState.QUIESCING)
+            sending.reason = reason
+            self._send(sending.to, Cancel(self._me, handoff, reason))
 
     def on_message(self, message: PullDone | Dropped | Renew) -> None:
         """What a decode worker says."""
@@ -115,65 +161,109 @@ class PrefillSide:
             self._renew(message)
             return
         sending = self._table.get(message.handoff)
-        if sending is None:
+        if sending is None or sending.to != message.worker:
             return
-        if isinstance(message, Dropped) and message.refused and sending.state is not SendState.QUIESCING:
-            self._go_on_here(message.handoff)
-        else:
-            self._free(message.handoff)
+        if sending.state is SendState.QUIESCING:
+            self._close(message.handoff, "aborted")
+        elif isinstance(message, Dropped) and message.refused:
+            self._go_on_here(message.handoff, "failed")
+        elif sending.state is SendState.HOLDING:
+            self._close(message.handoff, "done" if isinstance(message, PullDone) else "failed")
+        else:  # it was told of an abort that has not come here yet
+            self._orphan(message.handoff, "failed", f"{sending.to} dropped it")
 
     def worker_lost(self, worker: str) -> None:
-        """A decode worker died: it reads nothing any more, and what it was to decode is decoded here."""
-        for handoff, sending in list(self._table.items()):
-            if sending.to == worker:
-                if sending.state is SendState.QUIESCING:
-                    self._free(handoff)
-                else:
-                    self._go_on_here(handoff)
+        """A decode worker died: it reads nothing any more."""
+        remember(self._lost, worker, None)
+        self._gone([handoff for handoff, s in self._table.items() if s.to == worker], "failed", f"{worker} died")
 
-    def tick(self) -> list[Request]:
-        """Free what outlived its lease. Returns the requests that nobody decodes now, for the front end to retry."""
+    def tick(self) -> None:
+        """End what outlived its lease. Runs on every turn of the loop."""
         now = self._clock.now()
         expired = [handoff for handoff, sending in self._table.items() if sending.lease_until <= now]
-        orphans = []
         for handoff in expired:
             sending = self._table[handoff]
-            if sending.state is not SendState.QUIESCING:
-                orphans.append(sending.request)
-                self._send(sending.to, Cancel(handoff, "lease expired"))
-            self._free(handoff)
-        return orphans
+            self._send(sending.to, Cancel(self._me, handoff, "the lease is over"))
+        self._gone(expired, "expired", "its decode worker stopped renewing the lease")
 
-    def held(self) -> list[tuple[str, str, list[int], float]]:
-        """For the audit: (hand-off, state, pages, seconds of lease left)."""
+    def held(self) -> list[Held]:
+        """For the audit and the conservation rule: every hand-off and the pages it has a reference to."""
         now = self._clock.now()
-        return [(key, s.state.value, list(s.pages), s.lease_until - now) for key, s in self._table.items()]
+        return [
+            Held(handoff, s.state.value, list(s.pages), s.lease_until - now, now - s.since, s.reason)
+            for handoff, s in self._table.items()
+        ]
+
+    @property
+    def _hold_s(self) -> float:
+        return self._lease_s * (1 + _GRACE)
+
+    def _enter(self, sending: Sending, state: SendState) -> None:
+        if sending.state is not state:
+            sending.state, sending.since = state, self._clock.now()
 
     def _renew(self, message: Renew) -> None:
-        now = self._clock.now()
-        known = []
+        """More time for what it wants, and for what it only reads still. The answer names what it may still have."""
+        until = self._clock.now() + self._hold_s
+        handoffs, announced = [], []
         for handoff in message.handoffs:
             sending = self._table.get(handoff)
-            if sending is not None and sending.state is not SendState.QUIESCING:
-                sending.lease_until = now + self._lease_s
-                known.append(handoff)
-        self._send(message.worker, Renewed(self._hello.worker, message.serial, known))
+            if sending is None or sending.to != message.worker:
+                continue
+            sending.lease_until = until
+            if sending.state is not SendState.QUIESCING:
+                handoffs.append(handoff)
+                announced.append(len(sending.pages))
+        if message.worker not in self._lost:
+            self._send(message.worker, Renewed(self._me, message.serial, handoffs, announced))
 
-    def _free(self, handoff: str) -> None:
+    def _gone(self, handoffs: list[str], outcome: str, reason: str) -> None:
+        """Nothing more will be heard about these hand-offs."""
+        for handoff in handoffs:
+            state = self._table[handoff].state
+            if state is SendState.QUIESCING:
+                self._close(handoff, "aborted")
+            elif state is SendState.HOLDING:
+                self._orphan(handoff, outcome, reason)
+            else:
+                self._go_on_here(handoff, outcome)
+
+    def _release(self, handoff: str, outcome: str) -> Request:
+        """The only way out of the table."""
+        self.counts[outcome] += 1
         sending = self._table.pop(handoff)
         self._scheduler.pool.release(sending.pages)
-        if sending.request.status is Status.HOLDING:
-            self._scheduler.release(sending.request)
-            self._freed(sending.request)
+        return sending.request
 
-    def _go_on_here(self, handoff: str) -> None:
-        sending = self._table.pop(handoff)
-        self._scheduler.pool.release(sending.pages)
-        sending.request.decode_elsewhere = False
-        if sending.request.status is Status.HOLDING:
-            self._scheduler.adopt(sending.request)
+    def _close(self, handoff: str, outcome: str) -> None:
+        request = self._release(handoff, outcome)
+        if request.status is Status.HOLDING:
+            self._scheduler.release(request)
+            self._freed(request)
+
+    def _go_on_here(self, handoff: str, outcome: str) -> None:
+        request = self._release(handoff, outcome)
+        request.decode_elsewhere = False
+        if request.status is Status.HOLDING:
+            self._scheduler.adopt(request)
+
+    def _orphan(self, handoff: str, outcome: str, reason: str) -> None:
+        request = self._release(handoff, outcome)
+        if request.status is Status.HOLDING:
+            self._scheduler.release(request)
+        else:
+            self._scheduler.abort(request.id)
+        self._orphaned(request, reason)
 
 
 def handoff_id(submit: Submit) -> str:
     """Global and never reused: the same request resubmitted is another hand-off."""
     return f"{submit.id}/{submit.attempt}"
+
+
+def remember(tombstones: dict[str, _T], name: str, value: _T) -> None:
+    """Keep `name` among the last ten thousand: enough for messages that are late, and bounded."""
+    tombstones.pop(name, None)
+    tombstones[name] = value
+    if len(tombstones) > _TOMBSTONES:
+        del tombstones[next(iter(tombstones))]

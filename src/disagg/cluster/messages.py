@@ -39,9 +39,13 @@ class Submit(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """The client no longer wants this request; free everything it holds."""
+    """Free everything this request holds and take nothing of it that is still on its way.
+
+    `attempt` None: the client no longer wants it. Else this attempt and older ones are replaced by a later one.
+    """
 
     id: str
+    attempt: int | None = None
 
 
 class Lost(Message, frozen=True):
@@ -58,6 +62,12 @@ class Audit(Message, frozen=True):
 
 class Stop(Message, frozen=True):
     """Leave the loop and exit with code 0."""
+
+
+class Withhold(Message, frozen=True):
+    """Fault injection: keep all pages that are free now to yourself for `for_s` seconds."""
+
+    for_s: float
 
 
 # ---- worker -> front end
@@ -78,6 +88,18 @@ class StartFailed(Message, frozen=True):
     worker: str
     reason: str
     input_error: bool
+
+
+class Heartbeat(Message, frozen=True):
+    """My loop still turns. Only from supervised workers."""
+
+    worker: str
+
+
+class Draining(Message, frozen=True):
+    """I was asked to end (SIGTERM): give me nothing new, and stop me when nothing needs me any more."""
+
+    worker: str
 
 
 class NewToken(msgspec.Struct, frozen=True, array_like=True):
@@ -104,16 +126,24 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Holder(msgspec.Struct, frozen=True, array_like=True):
-    """One holder of pages: a request in the scheduler, or a hand-off given away ("prefill") or taken ("decode")."""
+    """One holder of pages: a request in the scheduler, or a hand-off given away ("prefill") or taken ("decode").
+
+    `age_s` counts from when the client sent the request; `reason` says what the pages wait for.
+    """
 
     id: str
-    side: str  # "scheduler", "prefill" or "decode"
+    side: str  # "scheduler", "prefill", "decode" or "withheld"
     state: str
     num_pages: int
+    age_s: float | None = None
+    reason: str = ""
 
 
 class AuditReport(Message, frozen=True):
-    """Where every page of a worker is. free + cached + held == total, and the holders' pages add up to held."""
+    """Where every page of a worker is. free + cached + held == total, and every reference to a page has its holder.
+
+    `fault` is a sentence when that does not hold: a bug in this package.
+    """
 
     worker: str
     serial: int
@@ -122,6 +152,7 @@ class AuditReport(Message, frozen=True):
     cached: int
     held: int
     holders: list[Holder]
+    fault: str = ""
 
 
 class Progress(Message, frozen=True):
@@ -132,13 +163,14 @@ class Progress(Message, frozen=True):
     ended: list[Ended]
 
 
-# ---- prefill worker -> decode worker. `handoff` is "request id/attempt": global, never reused
+# ---- prefill worker -> decode worker. `handoff` is "request id/attempt": global, never reused.
+# `worker` is the sender, name.epoch: what another worker, or another epoch of the same one, says is not believed.
 
 
 class Offer(Message, frozen=True):
     """A request is about to be prefilled here for you: reserve pages for its tokens; chunks follow.
 
-    The first lease runs from `sent_at`, on the clock all processes of a host share; later ones need no shared clock.
+    The first lease runs from `sent_at` if `clock` names the receiver's clock too; otherwise from the first Renew.
     """
 
     handoff: str
@@ -146,17 +178,19 @@ class Offer(Message, frozen=True):
     request: Submit
     sent_at: float
     lease_s: float
+    clock: str
 
 
 class ChunkReady(Message, frozen=True):
-    """Pages of positions up to `num_computed` are complete: `pages` continue the list sent so far.
+    """These pages are complete; the first of them is page number `first_page` of the request, so a hole shows.
 
-    The last chunk carries the first token, which the client already has.
+    The last chunk, and no other, carries the first token, which the client already has.
     """
 
+    worker: str
     handoff: str
+    first_page: int
     pages: list[int]
-    num_computed: int
     checksums: list[int] = []  # one per page when integrity checking is on
     first_token: int | None = None
 
@@ -164,15 +198,28 @@ class ChunkReady(Message, frozen=True):
 class Cancel(Message, frozen=True):
     """There will be nothing (more) to pull; answer with Dropped once no copy is in flight."""
 
+    worker: str
     handoff: str
     reason: str
+
+
+class Renewed(Message, frozen=True):
+    """Answers Renew `serial`: the lease of these hand-offs runs anew since it was sent; those left out are gone.
+
+    `announced` says for each how many pages were announced so far, so that a lost chunk shows.
+    """
+
+    worker: str
+    serial: int
+    handoffs: list[str]
+    announced: list[int]
 
 
 # ---- decode worker -> prefill worker
 
 
 class Renew(Message, frozen=True):
-    """I still want these hand-offs: from now on their lease runs anew. `serial` comes back in Renewed."""
+    """I still want these hand-offs, or still read their pages: let their lease run anew."""
 
     worker: str
     serial: int
@@ -180,32 +227,26 @@ class Renew(Message, frozen=True):
 
 
 class PullDone(Message, frozen=True):
-    """Every page is copied; the source pages are yours again."""
+    """Every page is copied and the request runs here; the source pages are yours again."""
 
+    worker: str
     handoff: str
 
 
 class Dropped(Message, frozen=True):
-    """I no longer touch this hand-off's pages. `refused` is a sentence when I never took it: you may decode it."""
+    """I no longer touch this hand-off's pages. `refused` is a sentence when the request is yours again: go on with it.
 
+    Without it the request is over, or goes on here without the pages.
+    """
+
+    worker: str
     handoff: str
     refused: str = ""
 
 
-# ---- prefill worker -> decode worker, in answer
-
-
-class Renewed(Message, frozen=True):
-    """The lease of these hand-offs runs anew since Renew `serial`; those left out are gone."""
-
-    worker: str
-    serial: int
-    handoffs: list[str]
-
-
 AnyMessage = (
-    Submit | Abort | Lost | Audit | Stop | Hello | StartFailed | Progress | AuditReport
-    | Offer | ChunkReady | Cancel | Renew | PullDone | Dropped | Renewed
+    Submit | Abort | Lost | Audit | Stop | Withhold | Hello | StartFailed | Heartbeat | Draining | Progress
+    | AuditReport | Offer | ChunkReady | Cancel | Renew | PullDone | Dropped | Renewed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

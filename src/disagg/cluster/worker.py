@@ -1,19 +1,18 @@
 """One worker: an engine, its inbox, and both sides of the hand-off. Every worker can prefill and decode.
 
-Started as `python -m disagg.cluster.worker` with one JSON line (WorkerConfig) on standard input, which then stays open:
-when it closes, whoever started this worker is gone, and so is the worker.
-
     loop:  read the inbox ─▶ tick both hand-off sides ─▶ one step of the engine ─▶ tell the front end what happened
 
 Nothing in the loop waits, except for the inbox when there is nothing else to do. Copies run beside it, in the
 transport's thread.
+
+A request may come more than once: when a worker dies the front end sends it again, with the next attempt number, and
+calls off the old attempt. Messages of different senders overtake one another, so what counts is the number: a later
+attempt replaces an earlier one, and nothing of an attempt that was called off is taken any more.
 """
 
 import os
-import shutil
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -28,17 +27,18 @@ from disagg.config import EngineSpec, WorkerSpec
 from disagg.engine.batch import Batch
 from disagg.engine.engine import Engine, Runs, Stepped
 from disagg.engine.scheduler import Scheduler
-from disagg.errors import DisaggError, InputError, RequestError
+from disagg.errors import InvariantError, RequestError
 from disagg.record import Facts
 from disagg.request import FinishReason, Request
 from disagg.transfer.base import Transport
 
 KV_DTYPE = "float32"  # of the cache on the CPU, whatever the weights are stored as
 _IDLE_S = 0.05  # the longest nap of an idle loop: cleanup runs at least this often
+_REMEMBERED = 10_000  # requests whose called-off attempts are remembered
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """Everything a worker process needs to know."""
+    """Everything a worker process needs to know. `heartbeat_s` None: nobody listens for heartbeats."""
 
     spec: WorkerSpec
     epoch: int
@@ -47,11 +47,21 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     num_pages: int
     lease_s: float
     max_wait_s: float
+    heartbeat_s: float | None = None
 
     @property
     def worker(self) -> str:
         """The address: name.epoch."""
         return f"{self.spec.name}.{self.epoch}"
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request in this worker's scheduler, and how it was asked for."""
+
+    submit: m.Submit
+    request: Request
+    offered: bool = False  # whether its decode worker was told
 
 
 class Worker:
@@ -69,6 +79,7 @@ class Worker:
         self._hello = hello
         self._me = hello.worker
         self._mailbox = mailbox
+        self._transport = transport
         spec, clock = config.engine, WallClock()
         assert spec.max_len is not None
         self._scheduler = Scheduler(
@@ -82,12 +93,19 @@ class Worker:
         self._engine = Engine(self._me, self._scheduler, runner, clock)
         self._clock = clock
         self.checksum = checksum
-        lease_s, freed = config.lease_s, lambda request: self._forget(request.id)
-        self._giving = PrefillSide(hello, clock, mailbox.send, self._scheduler, lease_s, freed, checksum)
-        self._taking = DecodeSide(hello, clock, mailbox.send, transport, self._scheduler, self, config.max_wait_s)
-        self._submits: dict[str, m.Submit] = {}  # of the requests in the scheduler
-        self._offered: set[str] = set()  # of those, the ones whose decode worker was told
+        self._giving = PrefillSide(
+            hello, clock, self._send, self._scheduler, config.lease_s, self._handed_over, checksum, self._orphaned
+        )
+        self._taking = DecodeSide(hello, clock, self._send, transport, self._scheduler, self, config.max_wait_s)
+        self._jobs: dict[str, _Job] = {}
+        self._stale: dict[str, int] = {}  # request id -> newest attempt that was called off; oldest first
+        self._lost: set[str] = set()
         self._outgoing = m.Progress(self._me, [], [])
+        self._heartbeat_s = config.heartbeat_s
+        self._heartbeat_at = 0.0
+        self._withheld: list[int] = []
+        self._withheld_until = 0.0
+        self._draining = False
 
     def run(self, parent_fd: int, wake_fd: int) -> bool:
         """Loop until told to stop (True) or until `parent_fd` closes because the front end is gone (False).
@@ -108,70 +126,136 @@ class Worker:
                 if isinstance(message, m.Stop):
                     return True
                 self._on_message(message)
-            self._taking.tick()
-            for orphan in self._giving.tick():
-                self._end(orphan, FinishReason.ERROR, "its decode worker stopped renewing the lease", retryable=True)
+            self._tick()
             stepped = self._engine.step(self._offer)
             if stepped is not None:
                 self._report(stepped)
             busy = stepped is not None
             self._flush()
 
+    def drain(self) -> None:
+        """Ask the front end for leave. Safe to call from a signal handler."""
+        self._draining = True
+
     def _on_message(self, message: Any) -> None:
         if isinstance(message, m.Submit):
             self._submit(message)
         elif isinstance(message, m.Offer):
-            self._taking.on_offer(message)
+            self._take(message)
         elif isinstance(message, m.ChunkReady | m.Cancel | m.Renewed):
             self._taking.on_message(message)
         elif isinstance(message, m.PullDone | m.Dropped | m.Renew):
             self._giving.on_message(message)
         elif isinstance(message, m.Abort):
-            self._abort(message.id)
+            self._abort(message.id, message.attempt)
         elif isinstance(message, m.Lost):
-            self._giving.worker_lost(message.worker)
-            self._taking.worker_lost(message.worker)
-            self._mailbox.forget(message.worker)
+            self._worker_lost(message.worker)
         elif isinstance(message, m.Audit):
             self._mailbox.send(FRONT, self._audit(message.serial))
+        elif isinstance(message, m.Withhold):
+            self._withheld += self._scheduler.pool.allocate(self._scheduler.pool.num_free) or []
+            self._withheld_until = self._clock.now() + message.for_s
+
+    def _tick(self) -> None:
+        """What is done on every turn, work or no work."""
+        self._taking.tick()
+        self._giving.tick()
+        now = self._clock.now()
+        if self._withheld and now >= self._withheld_until:
+            self._scheduler.pool.release(self._withheld)
+            self._withheld = []
+        if self._heartbeat_s is not None and now >= self._heartbeat_at:
+            self._heartbeat_at = now + self._heartbeat_s
+            self._mailbox.send(FRONT, m.Draining(self._me) if self._draining else m.Heartbeat(self._me))
+
+    def _send(self, to: str, message: m.Message) -> None:
+        if to not in self._lost:
+            self._mailbox.send(to, message)
+
+    # Requests come and go
 
     def _submit(self, submit: m.Submit) -> None:
-        request = _request(submit, elsewhere=submit.decode_on not in (None, self._me))
+        if self._is_stale(submit):
+            return
+        elsewhere = submit.decode_on is not None and submit.decode_on not in self._lost | {self._me}
+        request = _request(submit, elsewhere)
         self._start(submit, request, Facts(self._me, queued_at=self._clock.now()), self._scheduler.add)
 
+    def _take(self, offer: m.Offer) -> None:
+        """A prefill worker wants to hand over a request."""
+        source = offer.source
+        if source.worker in self._lost:
+            return
+        if self._is_stale(offer.request):
+            self._send(source.worker, m.Dropped(self._me, offer.handoff))
+            return
+        self._taking.on_offer(offer)
+
+    def _is_stale(self, submit: m.Submit) -> bool:
+        """Whether this attempt was called off; if not, all earlier ones are now."""
+        if submit.attempt <= self._stale.get(submit.id, -1):
+            return True
+        if submit.attempt > 0:
+            self._abort(submit.id, submit.attempt - 1)
+        return False
+
     def _start(self, submit: m.Submit, request: Request, facts: Facts, enter: Callable[[Request], None]) -> None:
-        """Let the request into the scheduler; if it cannot be served, it ends here and now."""
+        """Let the request into the scheduler; if it cannot be served, it ends here and now, with its pages."""
         self._engine.ledger[request.id] = facts
-        self._submits[request.id] = submit
+        self._jobs[request.id] = job = _Job(submit, request)
         try:
             enter(request)
         except RequestError as error:
-            self._end(request, FinishReason.ERROR, str(error))
+            self._scheduler.pool.release(request.pages)
+            self._end(job, FinishReason.ERROR, str(error))
 
-    def _abort(self, request_id: str) -> None:
-        request = self._scheduler.abort(request_id)
-        submit = self._submits.get(request_id)
-        if submit is not None:
-            self._giving.cancel(handoff_id(submit), "aborted")
-        self._taking.abort(request_id)
-        if request is not None:
+    def _abort(self, request_id: str, attempt: int | None) -> None:
+        """Free this attempt of a request and older ones (None: all), and take nothing of them that is under way."""
+        job = self._jobs.get(request_id)
+        if job is not None and (attempt is None or job.submit.attempt <= attempt):
+            self._giving.cancel(handoff_id(job.submit), "aborted")
+            self._scheduler.abort(request_id)
             self._forget(request_id)
+        self._taking.abort(request_id, attempt)
+        if attempt is None:
+            return
+        self._stale[request_id] = max(attempt, self._stale.pop(request_id, -1))
+        if len(self._stale) > _REMEMBERED:
+            del self._stale[next(iter(self._stale))]
+
+    def _worker_lost(self, worker: str) -> None:
+        self._giving.worker_lost(worker)
+        self._taking.worker_lost(worker)
+        self._lost.add(worker)
+        self._mailbox.forget(worker)
+
+    def _handed_over(self, request: Request) -> None:
+        """Its decode worker has it: it has left our scheduler."""
+        job = self._jobs.get(request.id)
+        if job is not None and job.request is request:
+            self._forget(request.id)
+
+    def _orphaned(self, request: Request, reason: str) -> None:
+        """Nobody computes it any more, and it has left our scheduler: the front end tries again."""
+        job = self._jobs.get(request.id)
+        if job is not None and job.request is request:
+            self._end(job, FinishReason.ERROR, reason, retryable=True)
 
     # One step
 
     def _offer(self, batch: Batch) -> None:
         """Tell decode workers of the requests that get their first step now, so that they make room meanwhile."""
         for chunk in batch.chunks:
-            request = chunk.request
-            if request.decode_elsewhere and request.id not in self._offered:
-                self._offered.add(request.id)
-                self._giving.begin(self._submits[request.id], request)
+            job = self._jobs[chunk.request.id]
+            if chunk.request.decode_elsewhere and not job.offered:
+                job.offered = True
+                self._giving.begin(job.submit, chunk.request)
         self._flush()
 
     def _report(self, stepped: Stepped) -> None:
         holding = {request.id for request in stepped.holding}
         for request, token, logprobs in stepped.tokens:
-            submit = self._submits[request.id]
+            submit = self._jobs[request.id].submit
             facts = self._engine.ledger[request.id] if request.id in holding else None
             if facts is not None:  # the front end has these now; should the request stay here, the rest is added
                 self._engine.ledger[request.id] = Facts(self._me)
@@ -180,24 +264,25 @@ class Worker:
         self._flush()  # the first token is on its way to the client before its pages are announced
         for chunk in stepped.batch.chunks:
             if chunk.request.decode_elsewhere and chunk.request.finish_reason is None:
-                self._giving.advanced(handoff_id(self._submits[chunk.request.id]))
+                self._giving.advanced(handoff_id(self._jobs[chunk.request.id].submit))
         for request in stepped.finished:
-            self._giving.cancel(handoff_id(self._submits[request.id]), "its first token was its last")
+            job = self._jobs[request.id]
+            self._giving.cancel(handoff_id(job.submit), "its first token was its last")
             assert request.finish_reason is not None
-            self._end(request, request.finish_reason)
+            self._end(job, request.finish_reason)
 
-    def _end(self, request: Request, reason: FinishReason, error: str = "", retryable: bool = False) -> None:
+    def _end(self, job: _Job, reason: FinishReason, error: str = "", retryable: bool = False) -> None:
         """The request is over on this worker: tell the front end, with all that is known of it."""
-        submit = self._submits[request.id]
-        facts = self._engine.ledger[request.id]
-        ended = m.Ended(request.id, submit.attempt, reason, request.num_output, facts, error, retryable)
+        request_id = job.submit.id
+        facts = self._engine.ledger.get(request_id) or Facts(self._me)
+        num_output = job.request.num_output
+        ended = m.Ended(request_id, job.submit.attempt, reason, num_output, facts, error, retryable)
         self._outgoing.ended.append(ended)
-        self._forget(request.id)
+        self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
-        self._submits.pop(request_id, None)
+        self._jobs.pop(request_id, None)
         self._engine.ledger.pop(request_id, None)
-        self._offered.discard(request_id)
 
     def _flush(self) -> None:
         if self._outgoing.tokens or self._outgoing.ended:
@@ -222,13 +307,27 @@ class Worker:
         ended = m.Ended(submit.id, submit.attempt, FinishReason.ERROR, 0, receiving.facts, reason, retryable=True)
         self._outgoing.ended.append(ended)
 
+    # Where every page is
+
     def _audit(self, serial: int) -> m.AuditReport:
-        pool = self._scheduler.pool
-        holders = [m.Holder(h.request_id, "scheduler", h.status.value, len(h.pages)) for h in self._scheduler.audit()]
+        pool, now = self._scheduler.pool, self._clock.now()
+        held = list(self._withheld)
+        holders = [m.Holder("", "withheld", "withheld", len(held), None, "fault injection")] if held else []
+        for one in self._scheduler.audit():
+            job = self._jobs.get(one.request_id)
+            age_s = now - job.submit.order if job is not None else None
+            holders.append(m.Holder(one.request_id, "scheduler", one.status.value, len(one.pages), age_s))
         for side, table in (("prefill", self._giving.held()), ("decode", self._taking.held())):
-            holders += [m.Holder(handoff, side, state, len(pages)) for handoff, state, pages, _ in table]
-        free, cached, held = pool.counts()
-        return m.AuditReport(self._me, serial, pool.num_pages, free, cached, held, holders)
+            for kept in table:
+                reason = f"{kept.reason}, lease for {kept.lease_s:.1f} s more"
+                holders.append(m.Holder(kept.handoff, side, kept.state, len(kept.pages), kept.age_s, reason))
+                held += kept.pages
+        fault = ""
+        try:
+            self._scheduler.check(held)
+        except InvariantError as error:
+            fault = str(error)
+        return m.AuditReport(self._me, serial, pool.num_pages, *pool.counts(), holders, fault)
 
 
 def _request(submit: m.Submit, elsewhere: bool) -> Request:
@@ -244,53 +343,3 @@ def _taken(receiving: Receiving) -> Request:
     assert receiving.first_token is not None
     request.tokens.append(receiving.first_token)
     return request
-
-
-def build(config: WorkerConfig, mailbox: Mailbox, wake: Callable[[], None]) -> Worker:
-    """Load the model, make the pages, compile the kernels. Raises ModelError and InputError."""
-    import torch
-
-    from disagg.cache.storage import KVStorage
-    from disagg.engine.runner import Runner
-    from disagg.model.load import load_model
-    from disagg.transfer.layout import Layout
-    from disagg.transfer.shm import SharedMemoryTransport
-
-    torch.set_num_threads(len(config.spec.devices))
-    engine = config.engine
-    loaded = load_model(
-        engine.model, dtype=engine.dtype, random_weights=engine.random_weights, seed=engine.weights_seed,
-        max_len=engine.max_len,
-    )  # fmt: skip
-    spec = loaded.spec
-    layout = Layout(
-        model=loaded.fingerprint, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads,
-        page_size=engine.page_size, head_dim=spec.head_dim, dtype=loaded.kv_dtype,
-    )  # fmt: skip
-    transport = SharedMemoryTransport(config.num_pages, layout.page_bytes, wake)
-    runner = Runner(loaded, KVStorage(
-        num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-        page_size=engine.page_size, num_pages=config.num_pages, dtype=loaded.kv_dtype, buffer=transport.pages,
-    ))  # fmt: skip
-    runner.warm_up()
-    hello = m.Hello(config.worker, transport.address(), layout, config.num_pages)
-    return Worker(config, hello, mailbox, runner, transport)
-
-
-def main() -> None:
-    """Entry point of the process."""
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
-    os.sched_setaffinity(0, config.spec.devices)  # before torch makes its threads
-    mailbox = Mailbox(Path(config.folder), config.worker)
-    wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
-    try:
-        worker = build(config, mailbox, lambda: os.eventfd_write(wake_fd, 1))
-    except DisaggError as error:
-        mailbox.send(FRONT, m.StartFailed(config.worker, str(error), isinstance(error, InputError)))
-        raise
-    if not worker.run(sys.stdin.fileno(), wake_fd):
-        shutil.rmtree(config.folder, ignore_errors=True)  # nobody else is left to do it
-
-
-if __name__ == "__main__":
-    main()

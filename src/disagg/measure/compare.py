@@ -18,19 +18,18 @@ from typing import Any, Protocol
 import msgspec
 
 from disagg.clock import Clock
-from disagg.config import Budget, Deployment, EngineSpec
-from disagg.errors import BudgetError, InputError
+from disagg.config import Deployment, EngineSpec
 from disagg.measure import metrics, stages
 from disagg.measure.drive import Driven, Label, run_one_at_a_time, run_open_loop
 from disagg.measure.guards import check_parity
 from disagg.measure.run import RECORDS, WORKLOADS, Arm, Block, Run, Settings, write_run
-from disagg.measure.sources import Source, make_source
+from disagg.measure.sources import Source, load_trace, make_source
 from disagg.measure.summary import summarize, write_summary
 from disagg.record import Record, write_records
 from disagg.workload.workload import Limits, Note, Row, Workload, write_workloads
 
 WARM_UP, PROBE = 8, 3  # requests
-CAPACITY_S, TUNE_S, TUNE_LIMIT_S = 3.0, 2.5, 8.0
+CAPACITY_S = 3.0
 TAIL = 3.0  # a block ends about so many unloaded request times after its last arrival
 CLOSING_S = 3.0  # kept back for stopping the workers and writing the summary
 
@@ -62,24 +61,6 @@ class Progress(Protocol):
 Start = Callable[[Deployment, EngineSpec], Served]
 
 
-def make_arms(settings: Settings, cores: tuple[int, ...]) -> list[Arm]:
-    """The arms, placed on their budgets. Raises InputError when they are no comparison, BudgetError when impossible."""
-    arms = []
-    for text in settings.arms:
-        notation, _, budget = text.partition("@")
-        deployment = Deployment.parse(notation, Budget.parse(budget or settings.budget, cores))
-        arms.append(Arm(text, deployment, settings.engine))
-    if len({arm.deployment.disaggregated for arm in arms}) < 2:
-        raise InputError(
-            f"--arms {','.join(settings.arms)} compares nothing: name a colocated arm and a disaggregated one, "
-            "as in 2C,1P1D."
-        )
-    kinds = {arm.deployment.budget.kind for arm in arms}
-    if len(kinds) > 1:
-        raise BudgetError("Arms on different kinds of device cannot be compared: give all of them cores, or all GPUs.")
-    return arms
-
-
 def compare(run: Run, folder: Path, start: Start, clock: Clock, progress: Progress) -> dict[str, Any]:
     """Measure, write records, workloads, run and summary into `folder` (which exists), and return the summary.
 
@@ -98,6 +79,18 @@ def compare(run: Run, folder: Path, start: Start, clock: Clock, progress: Progre
     return summary
 
 
+def merge_note(notes: Sequence[Note], new: Note) -> list[Note]:
+    """The notes with one more; of the same kind (and rate, where it has one) there is one only, its counts added up."""
+    merged = list(notes)
+    for place, old in enumerate(notes):
+        if (old.key, old.values.get("rate")) != (new.key, new.values.get("rate")):
+            continue
+        counts = {name: int(old.values[name]) + int(new.values[name]) for name in ("num", "of") if name in new.values}
+        merged[place] = Note(old.key, {**old.values, **counts})
+        return merged
+    return [*merged, new]
+
+
 class _Comparison:
     """The live side of a Run: its clusters and what they have recorded so far."""
 
@@ -107,12 +100,14 @@ class _Comparison:
         self.clusters: dict[str, Served] = {}
         self.records: list[Record] = []
         self.begun_at = clock.now()
+        self.start_s = 0.0  # of one cluster
         self.random = random.Random(run.settings.seed)
 
     def measure(self) -> None:
         """All stages, in order."""
+        trace = load_trace(self.settings)  # before anything is started: it may be refused
         self._start_all()
-        source = make_source(self.settings, self._limits())
+        source = make_source(self.settings, self._limits(), trace)
         self._write_facts()
         self.progress.stage("warm up", len(self.run.arms))
         for arm in self.run.arms:
@@ -149,10 +144,12 @@ class _Comparison:
                 stack.callback(cluster.close)
 
     def _start_all(self) -> None:
+        before_at = self.clock.now()
         self.progress.stage("start", len(self.run.arms))
         for arm in self.run.arms:
             self.clusters[arm.name] = self.start(arm.deployment, arm.engine)
             self.progress.step()
+        self.start_s = (self.clock.now() - before_at) / len(self.run.arms)
 
     def _limits(self) -> Limits:
         """What every arm can take: the context, or the KV memory of a worker where that is less."""
@@ -217,25 +214,28 @@ class _Comparison:
             values: dict[str, float | int | str] = {"arm": found.arm, "rate": found.rate, "tokens": found.tokens_per_s}
             values |= {"in_flight": found.in_flight, "window_s": found.window_s}
             run.notes.append(Note("capacity", values))
-        rate, asked = stages.TUNE_LOAD * run.capacity[0].rate, self.settings.engine.max_batch_tokens
-        if not self.settings.tune:
-            run.notes.append(Note("not_tuned", {"value": asked}))
-        elif stages.MIN_REQUESTS / rate > TUNE_LIMIT_S:
-            run.notes.append(Note("tune_slow", {"value": asked, "rate": rate}))
-        else:
-            self._tune(source)
+        self._tune(source)
         tail_s = TAIL * max(unloaded.values())
         self._resolve(*stages.fit_loads(self.settings, run.capacity[0], self._remaining_s() - closing_s, tail_s))
         run.rates = stages.choose_rates(self.settings, run.capacity[0])
 
     def _tune(self, source: Source) -> None:
-        """Search the chunk size of the colocated arm with the highest capacity, and restart it with the best."""
-        best = self.run.capacity[0]
+        """Search the chunk size of the colocated arm with the highest capacity, and restart it with the best.
+
+        Left out, and that stated, when it is not wanted or takes too long.
+        """
+        best, sizes = self.run.capacity[0], stages.chunk_candidates(self.settings)
         place = next(place for place, arm in enumerate(self.run.arms) if arm.name == best.arm)
         rate = stages.TUNE_LOAD * best.rate
+        seconds = len(sizes) * (self.start_s + stages.trial_s(rate))
+        if not self.settings.tune:
+            self.run.notes.append(Note("not_tuned", {"value": sizes[0]}))
+            return
+        if seconds > stages.TUNE_SHARE * self.settings.time_budget_s:
+            self.run.notes.append(Note("tune_slow", {"value": sizes[0], "seconds": seconds}))
+            return
         # One repeat more than will be judged: the search must not see the traffic that decides.
-        workload = source.stream(rate, max(TUNE_S, stages.MIN_REQUESTS / rate), self.settings.repeats)
-        sizes = stages.chunk_candidates(self.settings)
+        workload = source.stream(rate, stages.trial_s(rate), self.settings.repeats)
         self.progress.stage("chunk size", len(sizes))
         for size in sizes:
             self._restart(place, size, workload)
@@ -283,10 +283,10 @@ class _Comparison:
         return self.random.sample(self.run.arms, len(self.run.arms))
 
     def _keep_workload(self, workload: Workload) -> None:
-        """Save what will be asked, and state once what had to be changed to ask it."""
+        """Save what will be asked, and state what had to be changed to ask it: counts of all blocks in one note."""
         write_workloads(self.folder / WORKLOADS, [workload])
-        stated = {note.key for note in self.run.notes}
-        self.run.notes += [note for note in workload.notes if note.key not in stated]
+        for note in workload.notes:
+            self.run.notes = merge_note(self.run.notes, note)
 
     def _keep(self, records: list[Record], block: Block) -> None:
         """Save a block's records as soon as they are there."""

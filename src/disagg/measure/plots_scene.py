@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ DPI = 200  # twice what the page shows, for sharp print and screens
 _FONT = Path(__file__).parent / "fonts" / "NotoSansSC-subset.otf"  # Latin and the 3,755 everyday Chinese characters
 font_manager.fontManager.addfont(_FONT)
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": [font_manager.FontProperties(fname=_FONT).get_name(), "DejaVu Sans"],
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -129,6 +130,9 @@ def log_ms(axes: Axes, which: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    if not low > 0:  # nothing was drawn
+        low, high = 1.0, 100.0
+        (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
     steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0, 3.0) if high < 2000 * low else (1.0,)
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -36,8 +36,9 @@ class Gap(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """What the figure shows: one repeat of one rate, from `start_s` to `end_s` of it; `gap` is the one to point at."""
+    """What the figure shows: a stretch of one repeat at one rate. `gap`, of `arm`, is what to point at, if anything."""
 
+    arm: str
     rate: float
     repeat: int
     start_s: float
@@ -103,12 +104,12 @@ def find_stretch(scene: Scene) -> Stretch | None:
             length = gap.end_s - gap.start_s
             half = min(max(SHOWN_STEPS / 2 * step_s, 2 * length), 3 * length)
             middle = (gap.start_s + gap.end_s) / 2
-            return Stretch(rate, repeat, max(0.0, middle - half), middle + half, gap)
-    (_, rate, repeat), run = max(runs.items(), key=lambda item: item[0][1])
+            return Stretch(arm, rate, repeat, max(0.0, middle - half), middle + half, gap)
+    (arm, rate, repeat), run = max(runs.items(), key=lambda item: item[0][1])
     step_s = metrics.itl(run).p50 or 0.01
     middle = float(np.median([record.scheduled_at for record in run])) - run_start(run)
     half = SHOWN_STEPS / 2 * step_s
-    return Stretch(rate, repeat, max(0.0, middle - half), middle + half, None)
+    return Stretch(arm, rate, repeat, max(0.0, middle - half), middle + half, None)
 
 
 def _concurrent(scene: Scene) -> Iterator[Record]:
@@ -124,7 +125,7 @@ def draw_timeline(scene: Scene) -> Figure | None:
         arm: [record for record in scene.concurrent(arm, stretch.rate) if record.repeat == stretch.repeat]
         for arm in scene.arms
     }
-    lanes = {arm: lanes for arm, run in runs.items() if (lanes := _workers(run))}
+    lanes = {arm: names for arm, run in runs.items() if (names := _lanes(run))}
     if not lanes:
         return None
     figure = Figure(figsize=(WIDTH, 1.25 + sum(0.55 + 0.55 * len(names) for names in lanes.values())))
@@ -136,9 +137,9 @@ def draw_timeline(scene: Scene) -> Figure | None:
         axes.set_title(scene.words("plot.timeline_arm", arm=arm, gap=f"{1e3 * longest:,.0f}"))
         for label in axes.get_yticklabels():
             label.set_color(scene.colours[arm])
-    first = next(arm for arm in lanes if colocated(arm)) if stretch.gap else ""
-    if stretch.gap and stretch.gap.worker in lanes[first]:
-        _point_at(grid[list(lanes).index(first)], lanes[first].index(stretch.gap.worker), stretch.gap, scene)
+    if stretch.gap:
+        lane = lanes[stretch.arm].index(lane_of(stretch.gap.worker))
+        _point_at(grid[list(lanes).index(stretch.arm)], lane, stretch.gap, scene)
     grid[-1].xaxis.set_major_formatter(lambda at, _: f"{1e3 * (at - stretch.start_s):,.5g}")
     grid[-1].xaxis.set_major_locator(_EvenTicks(stretch.start_s))
     grid[-1].set_xlabel(scene.words("axis.since", at=f"{stretch.start_s:.2f}", rate=f"{stretch.rate:.3g}"))
@@ -157,11 +158,17 @@ class _EvenTicks(MaxNLocator):
         return np.asarray(super().tick_values(vmin - self._start_s, vmax - self._start_s)) + self._start_s
 
 
-def _workers(run: Sequence[Record]) -> list[str]:
-    """The workers that took part, prefill before decode, by number."""
-    names = {span.worker for record in run for span in record.spans}
-    names |= {record.decode_worker for record in run if record.decode_worker}
+def lane_of(worker: str) -> str:
+    """The lane a worker's work is drawn in: its name without the epoch, so a restarted worker stays in its lane."""
+    return worker.partition(".")[0]
+
+
+def _lanes(run: Sequence[Record]) -> list[str]:
+    """The lanes of all workers that took part, prefill before decode, by number."""
+    workers = {span.worker for record in run for span in record.spans}
+    workers |= {record.decode_worker for record in run if record.decode_worker}
     role = {"C": 0, "P": 1, "D": 2}
+    names = {lane_of(worker) for worker in workers}
     return sorted(names, key=lambda name: (role.get(name[:1], 3), int(re.sub(r"\D", "", name) or 0), name))
 
 
@@ -183,9 +190,10 @@ def _longest_gap(run: Sequence[Record], stretch: Stretch) -> float:
 def _draw_arm(axes: Axes, run: Sequence[Record], names: list[str], stretch: Stretch) -> None:
     """One arm's lanes. Upper half of a lane: prefill and hand-off; lower half: a tick for every token."""
     begin = run_start(run)
-    for kind in ("prefill", "handoff"):
+    # White edges keep prefill steps apart; a copy may be too short to be seen, so its own colour widens it.
+    for kind, edge, width in (("prefill", "white", 0.4), ("handoff", PARTS["handoff"], 1.2)):
         bars = {
-            (names.index(span.worker), span.start_at - begin, span.end_at - begin)
+            (names.index(lane_of(span.worker)), span.start_at - begin, span.end_at - begin)
             for record in run
             for span in record.spans
             if span.kind == kind and _inside(span.start_at - begin, span.end_at - begin, stretch)
@@ -194,13 +202,13 @@ def _draw_arm(axes: Axes, run: Sequence[Record], names: list[str], stretch: Stre
             [(start, lane - 0.42), (end, lane - 0.42), (end, lane - 0.04), (start, lane - 0.04)]
             for lane, start, end in bars
         ]
-        axes.add_collection(PolyCollection(boxes, facecolors=PARTS[kind], edgecolors="white", linewidths=0.4))
+        axes.add_collection(PolyCollection(boxes, facecolors=PARTS[kind], edgecolors=edge, linewidths=width))
     for lane, name in enumerate(names):
         axes.axhspan(lane - 0.47, lane + 0.47, color="#F5F5F5", zorder=0, linewidth=0)
         moments = [
             moment - begin
             for record in run
-            if record.decode_worker == name
+            if lane_of(record.decode_worker) == name
             for moment in record.token_at[1:]
             if _inside(moment - begin, moment - begin, stretch)
         ]

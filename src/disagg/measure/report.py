@@ -16,6 +16,7 @@ from disagg.config import SLO
 from disagg.measure import sentences
 from disagg.measure.plots import draw_all
 from disagg.measure.plots_scene import PARTS, arm_colours, colocated
+from disagg.measure.plots_timeline import lane_of
 from disagg.measure.run import RECORDS
 from disagg.measure.sentences import Lang
 from disagg.measure.summary import read_summary
@@ -68,9 +69,7 @@ def render(summary: Plain, images: Mapping[str, str], words: Words) -> str:
         flat_environment=list(flatten(summary["environment"])),
         colours=arm_colours(sorted(arms, key=lambda arm: not colocated(arm))),
         parts=PARTS,
-        workers={
-            arm["name"]: [each["name"] for each in arm["deployment"]["workers"]] for arm in summary["config"]["arms"]
-        },
+        by_role=_by_role,
     )
 
 
@@ -188,6 +187,12 @@ def _difference_row(part: Plain, words: Words) -> dict[str, Any]:
         )
     load = words("table.load", share=f"{part['load']:.0%}") if part["load"] else ""
     return {"rate": f"{part['rate']:.3g}", "load": load, "cells": cells, "void": bool(part["void"])}
+
+
+def _by_role(utilisation: Plain) -> list[tuple[str, Plain]]:
+    """What each worker was busy with, by its name without the epoch; prefill workers before decode workers."""
+    items = ((lane_of(worker), busy) for worker, busy in utilisation.items())
+    return sorted(items, key=lambda item: (item[0].startswith("D"), item[0]))
 
 
 def _limits(slo: Plain) -> str:

@@ -12,8 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from disagg.config import SLO, Deployment, EngineSpec
-from disagg.errors import InputError
+from disagg.config import SLO, Budget, Deployment, EngineSpec
+from disagg.errors import BudgetError, InputError
 from disagg.workload.workload import Note, Shape
 
 RECORDS, WORKLOADS, RUN, SUMMARY = "records.jsonl", "workload.jsonl", "run.json", "summary.json"
@@ -112,6 +112,24 @@ class Run(msgspec.Struct, kw_only=True):
     started: str = ""  # ISO 8601, UTC
     took_s: float = 0.0
     complete: bool = False
+
+
+def make_arms(settings: Settings, cores: tuple[int, ...]) -> list[Arm]:
+    """The arms, placed on their budgets. Raises InputError when they are no comparison, BudgetError when impossible."""
+    arms = []
+    for text in settings.arms:
+        notation, _, budget = text.partition("@")
+        deployment = Deployment.parse(notation, Budget.parse(budget or settings.budget, cores))
+        arms.append(Arm(text, deployment, settings.engine))
+    if len({arm.deployment.disaggregated for arm in arms}) < 2:
+        raise InputError(
+            f"--arms {','.join(settings.arms)} compares nothing: name a colocated arm and a disaggregated one, "
+            "as in 2C,1P1D."
+        )
+    kinds = {arm.deployment.budget.kind for arm in arms}
+    if len(kinds) > 1:
+        raise BudgetError("Arms on different kinds of device cannot be compared: give all of them cores, or all GPUs.")
+    return arms
 
 
 def write_run(folder: Path, run: Run) -> None:

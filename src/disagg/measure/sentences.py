@@ -69,18 +69,18 @@ SENTENCES: dict[str, dict[str, str]] = {
         "cut": "{num} of {of} requests were cut to the context of {max_len} tokens.",
         "slots": "{share:.0%} of the trace's gaps are zero: its clock is quantised to {slot_s:g} s, so requests were "
         "spread uniformly over their slot (seed {seed}).",
-        "length_scale": "Lengths of the trace were multiplied by {scale:.3g} to fit the context of {max_len} tokens; "
-        "{num} of {of} rows had to be cut as well.",
-        "time_scale": "Times of {trace} were multiplied by {factor:.3g}: {from_rate:.3g} requests/s became {rate:.3g} "
-        "on average, and the busiest tenth of the window runs at {burst:.1f} times that; gaps above 30 s in the "
-        "original window: {long_gaps}.",
+        "length_scale": "Lengths of the trace were multiplied by {scale:.3g} (the context holds {max_len} tokens); "
+        "{num} of {of} requests had to be cut as well.",
+        "time_scale": "Times of {trace} were multiplied by {factor:.3g} in the first repeat: {from_rate:.3g} "
+        "requests/s became {rate:.3g} on average, and the busiest tenth of the window runs at {burst:.1f} times that; "
+        "gaps above 30 s in the original window: {long_gaps}.",
         # set-up
         "oversubscribed": "{arm} has more workers than the budget has devices: they share, and are slower for it.",
         "alive": "All arms stay loaded while one is driven; an idle worker sleeps and costs memory, not time.",
         "tuned": "{arm} runs with {value} tokens a step, the best of {tried} in a short search at 0.8 of its capacity.",
         "not_tuned": "The colocated chunk size was not searched ({value} tokens a step in every arm).",
-        "tune_slow": "The colocated chunk size was not searched: at {rate:.3g} requests/s the search would take too "
-        "long ({value} tokens a step in every arm).",
+        "tune_slow": "The colocated chunk size was not searched, which would take about {seconds:.0f} s ({value} "
+        "tokens a step in every arm).",
         "reduced": "A request takes {alone_s:.1f} s alone, so {what} were lowered from {before} to {after}: give "
         "--{what} to keep more.",
         "fewer_loads": "At a capacity of {rate:.3g} requests/s the loads {before} would take too long; measured: "
@@ -113,14 +113,14 @@ SENTENCES: dict[str, dict[str, str]] = {
         "cut": "{of} 个请求中有 {num} 个被截短到 {max_len} token 的上下文。",
         "slots": "该 trace 有 {share:.0%} 的间隔为零：其时钟量化为 {slot_s:g} s，故将请求均匀分散到各自的时隙中"
         "（种子 {seed}）。",
-        "length_scale": "trace 的长度乘以 {scale:.3g} 以适应 {max_len} token 的上下文；另有 {num}/{of} 行被截短。",
-        "time_scale": "{trace} 的时间乘以 {factor:.3g}：{from_rate:.3g} 请求/s 变为平均 {rate:.3g} 请求/s，"
+        "length_scale": "trace 的长度乘以 {scale:.3g}（上下文为 {max_len} token）；另有 {num}/{of} 个请求被截短。",
+        "time_scale": "首次重复中 {trace} 的时间乘以 {factor:.3g}：{from_rate:.3g} 请求/s 变为平均 {rate:.3g} 请求/s，"
         "窗口内最忙的十分之一是平均值的 {burst:.1f} 倍；原窗口中超过 30 s 的间隔：{long_gaps} 个。",
         "oversubscribed": "{arm} 的 worker 多于预算中的设备：它们共享设备，因而更慢。",
         "alive": "驱动某一臂时，其余各臂保持加载；空闲的 worker 休眠，只占内存，不占时间。",
         "tuned": "{arm} 每步 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",
         "not_tuned": "未搜索合并部署的分块大小（各臂均为每步 {value} token）。",
-        "tune_slow": "未搜索合并部署的分块大小：在 {rate:.3g} 请求/s 下搜索耗时过长（各臂均为每步 {value} token）。",
+        "tune_slow": "未搜索合并部署的分块大小，那约需 {seconds:.0f} s（各臂均为每步 {value} token）。",
         "reduced": "单个请求独占需 {alone_s:.1f} s，故 {what} 从 {before} 降为 {after}：可用 --{what} 指定更多。",
         "fewer_loads": "容量为 {rate:.3g} 请求/s 时，负载 {before} 耗时过长；实测：{after}。可用 --rate 指定。",
         "capacity": "{arm} 的容量：{rate:.3g} 请求/s（{tokens:.4g} 输出 token/s），在 {window_s:.1f} s 内保持 "

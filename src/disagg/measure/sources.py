@@ -28,7 +28,6 @@ class Drawn:
     def __init__(self, shape: Shape, arrivals: str, seed: int, limits: Limits) -> None:
         self.shape, self.arrivals, self.seed, self.limits = shape, arrivals, seed, limits
         shape.check(limits)
-        Arrivals.parse(arrivals, 1.0)  # refused now, not after a minute of measuring
 
     def alone(self, num: int) -> Workload:
         """See Source. With the default settings, the original experiment's 20 requests."""
@@ -57,13 +56,22 @@ class Replayed:
         return replay(self.trace, rate, num, repeat, self.seed, self.limits, self.scale)
 
 
-def make_source(settings: Settings, limits: Limits) -> Source:
-    """The source that the settings ask for. Raises InputError, TraceError."""
+def load_trace(settings: Settings) -> Trace | None:
+    """The trace that the settings name, if any. Raises TraceError, or InputError when options do not go together."""
     if not settings.trace:
         if settings.trace_limit is not None or settings.length_scale is not None:
             raise InputError("--trace-limit and --length-scale are about a trace: give --trace FILE too.")
+        Arrivals.parse(settings.arrivals, 1.0)
+        return None
+    if settings.shape != Shape() or settings.arrivals != Settings().arrivals:
+        raise InputError(
+            "A trace brings its own lengths and arrivals: leave out --prompt-len, --output-len, --arrivals."
+        )
+    return read_trace(Path(settings.trace), settings.trace_limit, settings.seed)
+
+
+def make_source(settings: Settings, limits: Limits, trace: Trace | None) -> Source:
+    """The source that the settings ask for. Raises RequestError when its requests cannot fit the context."""
+    if trace is None:
         return Drawn(settings.shape, settings.arrivals, settings.seed, limits)
-    if settings.shape != Shape():
-        raise InputError("A trace brings its own lengths: leave out --prompt-len and --output-len, or --trace.")
-    trace = read_trace(Path(settings.trace), settings.trace_limit, settings.seed)
     return Replayed(trace, settings.seed, limits, settings.length_scale)

@@ -16,25 +16,33 @@ from disagg.workload.workload import Note, Workload
 
 SLO_TTFT_X, SLO_TPOT_X = 10.0, 3.0  # times the unloaded median; DistServe's "SLO scale", loose enough to be met at 0.4
 TUNE_LOAD = 0.8
-SEQUENTIAL_SHARE = 0.3  # of the time budget
-MIN_REQUESTS = 12  # a block with fewer says little, and may get none at all
+SEQUENTIAL_SHARE = 0.4  # of the time budget
+MIN_REQUESTS, MIN_BLOCK_S = 16, 1.5  # a shorter block would measure its own start and end
+TUNE_S, TUNE_SHARE = 2.5, 0.2  # of one trial; of the time budget, for all of them
 
 
 def fit_sequential(settings: Settings, alone_s: float) -> tuple[Settings, list[Note]]:
     """Fewer requests, then fewer repeats, when a model is too slow for its share of the time budget; each is stated.
 
-    `alone_s` is what one request takes alone. What the caller chose is kept.
+    `alone_s` is what one request takes alone. What the caller chose is kept, and so is what would exceed the share by
+    less than half: a small change of the workload is not worth having to state it.
     """
     allowed_s = SEQUENTIAL_SHARE * settings.time_budget_s
-    fitted, notes = settings, []
+    requests, repeats = settings.requests, settings.repeats
     for name, least in (("requests", 8), ("repeats", 3), ("requests", 4)):
-        now: int = getattr(fitted, name)
-        per_one_s = fitted.requests * fitted.repeats * len(fitted.arms) * alone_s / now
-        if per_one_s * now > allowed_s and now > least and name not in settings.given:
-            after = max(least, int(allowed_s / per_one_s))
-            fitted = msgspec.structs.replace(fitted, **{name: after})
-            notes.append(Note("reduced", {"what": name, "before": now, "after": after, "alone_s": alone_s}))
-    return fitted, notes
+        excess = requests * repeats * len(settings.arms) * alone_s / allowed_s
+        if excess <= 1.5 or name in settings.given:
+            continue
+        if name == "requests":
+            requests = min(requests, max(least, int(requests / excess)))
+        else:
+            repeats = min(repeats, max(least, int(repeats / excess)))
+    notes = [
+        Note("reduced", {"what": what, "before": before, "after": after, "alone_s": alone_s})
+        for what, before, after in (("requests", settings.requests, requests), ("repeats", settings.repeats, repeats))
+        if after != before
+    ]
+    return msgspec.structs.replace(settings, requests=requests, repeats=repeats), notes
 
 
 def fit_loads(settings: Settings, capacity: Capacity, remaining_s: float, tail_s: float) -> tuple[Settings, list[Note]]:
@@ -43,7 +51,7 @@ def fit_loads(settings: Settings, capacity: Capacity, remaining_s: float, tail_s
         return settings, []
     kept = sorted(settings.loads, key=lambda load: abs(load - TUNE_LOAD))
     blocks = settings.repeats * len(settings.arms)
-    while len(kept) > 1 and blocks * sum(MIN_REQUESTS / load / capacity.rate + tail_s for load in kept) > remaining_s:
+    while len(kept) > 1 and blocks * len(kept) * (_shortest(min(kept) * capacity.rate) + tail_s) > remaining_s:
         kept.pop()
     if len(kept) == len(settings.loads):
         return settings, []
@@ -91,7 +99,12 @@ def measure_capacity(
 def chunk_candidates(settings: Settings) -> list[int]:
     """The asked-for tokens a step, then smaller ones: a smaller chunk delays decode less and prefill more."""
     asked = settings.engine.max_batch_tokens
-    return [asked, *(asked // part for part in (2, 4, 8) if asked // part >= 2 * settings.engine.page_size)]
+    return [asked, *(asked // part for part in (2, 4) if asked // part >= 2 * settings.engine.page_size)]
+
+
+def trial_s(rate: float) -> float:
+    """Seconds of arrivals when one chunk size is tried."""
+    return max(TUNE_S, _shortest(rate))
 
 
 def try_chunk(cluster: Driven, workload: Workload, clock: Clock, size: int, slo: SLO) -> Trial:
@@ -120,15 +133,20 @@ def choose_rates(settings: Settings, capacity: Capacity) -> list[float]:
     return sorted({float(f"{load * capacity.rate:.3g}") for load in settings.loads})
 
 
+def _shortest(rate: float) -> float:
+    """Seconds that a block at `rate` must have."""
+    return max(MIN_BLOCK_S, MIN_REQUESTS / rate)
+
+
 def choose_duration(
     settings: Settings, rates: Sequence[float], remaining_s: float, num_blocks: int, tail_s: float
 ) -> float:
     """Seconds of arrivals in one block: what is left of the time budget, divided over the blocks still to run.
 
-    `tail_s` is what a block takes beyond its arrivals. Never less than one second, nor than MIN_REQUESTS at the lowest
-    rate, even if the budget does not allow it: too short a block would measure its own start and end.
+    `tail_s` is what a block takes beyond its arrivals. Never too short for MIN_REQUESTS at the lowest rate, even if
+    the budget does not allow it.
     """
     if settings.duration_s is not None:
         return settings.duration_s
     allowed = 0.95 * remaining_s / num_blocks - tail_s
-    return max(1.0, MIN_REQUESTS / rates[0], allowed)
+    return max(_shortest(rates[0]), allowed)

@@ -20,10 +20,10 @@ _WORDS: dict[str, dict[str, str]] = {
         "decode_s": "decode",
         "handoff_s": "hand-off",
         "share": "hand-off's share",
-        "published": "published {kind}",
+        "published": "published\n{kind}",
         "colocated": "coloc.",
         "disaggregated": "disagg.",
-        "p99": "p50 / p90 / p99",
+        "p99": "p50/p90/p99",
         "difference": "Relative difference {other} / {base} - 1: {estimate:+.2%} ({low:+.2%} to {high:+.2%}); "
         "published: {published:+.2%}.",
         "difference_single": "Relative difference {other} / {base} - 1: {estimate:+.2%} (one repeat: no interval); "
@@ -47,10 +47,10 @@ _WORDS: dict[str, dict[str, str]] = {
         "decode_s": "解码",
         "handoff_s": "KV 传输",
         "share": "传输占比",
-        "published": "已发表（{kind}）",
+        "published": "已发表\n{kind}",
         "colocated": "合并",
         "disaggregated": "分离",
-        "p99": "p50 / p90 / p99",
+        "p99": "p50/p90/p99",
         "difference": "相对差异 {other} / {base} - 1：{estimate:+.2%}（{low:+.2%} 至 {high:+.2%}）；"
         "已发表：{published:+.2%}。",
         "difference_single": "相对差异 {other} / {base} - 1：{estimate:+.2%}（仅一次重复，无区间）；"
@@ -106,8 +106,8 @@ def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console,
         table.add_row(words[name], *(_ms(arm[name]["mean"]) for arm in arms.values()), "", _ms(published[name]))
     shares = [arm["handoff_share"] for arm in arms.values()]
     table.add_row(words["share"], *map(_share, shares), "", _share(published["handoff_share"]))
-    label = f"{words['total_s']} {words['p99']}"
-    table.add_row(label, *(_percentiles(arm["total_s"]) for arm in arms.values()), "", "")
+    percentiles = (_percentiles(arm["total_s"], "/") for arm in arms.values())
+    table.add_row(f"{words['total_s']} {words['p99']}", *percentiles, "", "")
     console.print(table)
     found = part["relative_difference"]
     if found:
@@ -133,7 +133,7 @@ def _concurrent(part: Mapping[str, Any], whole: Sequence[Any], console: Console,
     table.add_row(words["completed"], *(f"{arm['completed']}, {arm['failed']}" for arm in arms.values()))
     table.add_row(words["busy"], *(_busy(arm["utilisation"]) for arm in arms.values()))
     console.print(table)
-    shown = [part["verdicts"].get(name) for name in ("goodput", "ttft_s", "tpot_s")]
+    shown = [part["verdicts"].get(name) for name in ("goodput", "ttft_s", "tpot_s", "itl_p99_s")]
     _verdicts(shown, part["void"], whole, console, lang)
 
 
@@ -160,7 +160,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     return table
 
 
@@ -172,8 +172,8 @@ def _ms(seconds: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def _percentiles(stat: Mapping[str, Any]) -> str:
-    return " / ".join(_ms(stat[name]) for name in ("p50", "p90", "p99"))
+def _percentiles(stat: Mapping[str, Any], between: str = " / ") -> str:
+    return between.join(_ms(stat[name]) for name in ("p50", "p90", "p99"))
 
 
 def _share(value: float | None) -> str:

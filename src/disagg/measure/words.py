@@ -57,7 +57,7 @@ EN: dict[str, str] = {
     "figure.against_rate": "Against the arrival rate",
     "figure.waits": "What the first tokens waited for",
     "caption.one_at_a_time": "The original experiment's four panels. With one request in flight the phases never meet, "
-    "so the arms lie on top of each other and the hand-off is the only difference.",
+    "so the hand-off is the only difference to expect; more than that is noise of the machine.",
     "caption.timeline": "The same stretch of the same run on every arm. Upper half of a lane: prefill steps and "
     "hand-off copies; lower half: a tick for each token. On a colocated worker the ticks stop while it prefills for "
     "someone else; on a decode worker nothing stops them. An empty stretch is idle.",
@@ -193,7 +193,7 @@ ZH: dict[str, str] = {
     "figure.against_rate": "延迟与到达率",
     "figure.waits": "前两个 token 在等什么",
     "caption.one_at_a_time": "原实验的四幅图。同一时刻只有一个请求，两个阶段从不相遇，"
-    "因此各部署几乎重合，唯一的差别是 KV 传输。",
+    "因此预期的差别只有 KV 传输；超出部分是机器噪声。",
     "caption.timeline": "各部署在同一次运行、同一时段内的活动。每条泳道的上半部分是预填充步与 KV 传输，"
     "下半部分每一道竖线是一个 token。合并部署的 worker 为其他请求做预填充时，竖线中断；解码 worker 则不会被打断。"
     "空白处为空闲。",

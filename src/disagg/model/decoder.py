@@ -1,6 +1,6 @@
 """One decoder for Llama, Mistral, Qwen2 and Qwen3 on the `Ops` seam. Differences between them are fields of the spec.
 
-    embedding -> layers: norm, attention, norm, MLP, each added to the residual -> norm -> output projection
+embedding -> layers: norm, attention, norm, MLP, each added to the residual -> norm -> output projection
 """
 
 import math

@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import mmap
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,7 +178,7 @@ class GgufFile:
         for name, entry in self.tensors.items():
             if name != "rope_freqs.weight":  # already in the spec
                 hf_name = _hf_name(name)
-                yield hf_name, entry.shape, lambda name=name, hf=hf_name: self._converted(name, hf, spec)
+                yield hf_name, entry.shape, partial(self._converted, name, hf_name, spec)
 
     def _converted(self, name: str, hf_name: str, spec: ModelSpec) -> Tensor:
         tensor = self.tensor(name)

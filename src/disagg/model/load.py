@@ -1,14 +1,13 @@
 """From the name of a model to something that runs.
 
-    seed | smollm2 | a folder | a .gguf file | a hub id  --resolve-->  Source  --load_info-->   Info    (front end)
-                                                                               --load_model-->  Loaded  (workers)
+seed | smollm2 | a folder | a .gguf file | a hub id  --resolve-->  Source  --load_info-->   Info    (front end)
+                                                                           --load_model-->  Loaded  (workers)
 """
 
 import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -89,9 +88,8 @@ def resolve(name: str) -> Source:
         return Source("hub", name)
     near = get_close_matches(name, _NAMES, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise ModelError(
-        f"Unknown model {name!r}: give seed, smollm2, a Hugging Face folder, a .gguf file or a hub id (owner/name).{hint}"
-    )
+    accepted = "seed, smollm2, a Hugging Face folder, a .gguf file or a hub id (owner/name)"
+    raise ModelError(f"Unknown model {name!r}: give {accepted}.{hint}")
 
 
 def load_info(name: str, max_len: int | None = None) -> Info:
@@ -126,26 +124,26 @@ def load_model(
         ops = ops or _ops(spec, device, dtype)
         drawn = {key: tensor.to(device) for key, tensor in seed_model.draw(spec, seed).items()}
         return _loaded(name, spec, seed_model.Seed(spec, drawn, ops), dtype, device, f"seed {seed}")
-    spec, open_weights = _open(source, random_weights, seed, max_len, device)
-    ops = ops or _ops(spec, device, dtype)
-    found = open_weights()
-    model = Decoder(spec, found, ops)
+    spec, found = _open(source, random_weights, seed, max_len, device)
+    model = Decoder(spec, found, ops or _ops(spec, device, dtype))
     return _loaded(name, spec, model, dtype, device, found.fingerprint())
 
 
 def _open(
     source: Source, random_weights: bool, seed: int, max_len: int | None, device: str
-) -> tuple[ModelSpec, Callable[[], weights.Weights]]:
-    """The spec, and how to get at the weights."""
+) -> tuple[ModelSpec, weights.Weights]:
+    """The spec and its tensors, checked but not yet read."""
     if source.kind == "gguf":
         file = GgufFile(Path(source.where))
         spec = file.spec(max_len)
-        opened: Callable[[], weights.Weights] = lambda: weights.from_gguf(file, spec, device)
+        if not random_weights:
+            return spec, weights.from_gguf(file, spec, device)
     else:
         folder = _folder(source, with_weights=not random_weights)
         spec = _read_spec(folder, max_len)
-        opened = lambda: weights.from_folder(folder, spec, device)
-    return spec, (lambda: weights.from_seed(spec, seed, device)) if random_weights else opened
+        if not random_weights:
+            return spec, weights.from_folder(folder, spec, device)
+    return spec, weights.from_seed(spec, seed, device)
 
 
 def _loaded(name: str, spec: ModelSpec, model: Model, dtype: str, device: str, numbers: str) -> Loaded:

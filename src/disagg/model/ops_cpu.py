@@ -105,8 +105,8 @@ class CpuOps:
         """One pass over each token."""
         q = torch.empty(len(qkv), *_query_shape(qkv.shape[1], pages))
         self._team.run(
-            rotate_kernel, 1, _array(qkv), _where(step, rope), layer, pages.numpy(), _array(q_norm), _array(k_norm), eps,
-            q.numpy(),
+            rotate_kernel, 1, _array(qkv), _where(step, rope), layer, pages.numpy(), _array(q_norm), _array(k_norm),
+            eps, q.numpy(),
         )  # fmt: skip
         return q
 
@@ -126,6 +126,7 @@ class CpuOps:
     def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
         """The whole stack as one kernel; it keeps its own packed copy of the weights."""
         stack = _stack(layers, self.dtype)
+        num_phases = _PHASES * len(layers)
         width, mlp_width = layers[0].qkv.shape[0], layers[0].down.shape[1]
 
         def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
@@ -133,8 +134,9 @@ class CpuOps:
             query_shape = _query_shape(width, pages)
             shapes = (hidden.shape[1:], (width,), query_shape, (query_shape[0] * query_shape[1],), (mlp_width,))
             buffers = _Buffers(*(np.empty((rows, *shape), np.float32) for shape in shapes))
-            where = _where(step, rope)
-            self._team.run(decoder_kernel, _PHASES * len(layers), stack, where, pages.numpy(), hidden.numpy(), buffers, eps)
+            self._team.run(
+                decoder_kernel, num_phases, stack, _where(step, rope), pages.numpy(), hidden.numpy(), buffers, eps
+            )
             return hidden
 
         return run

@@ -104,7 +104,7 @@ def _attend_one(
             n = min(TILE_ROWS, group - g)
             for d in range(0, size, PANEL):
                 c_at = at + g * size + d
-                tile(n, 1, scores, g * row + start, row, 1, pages, v_at + d, size, 0, out, c_at, size, depth, True)
+                tile(n, scores, g * row + start, row, 1, pages, v_at + d, size, out, c_at, size, depth, True)
 
 
 @kernel
@@ -147,7 +147,7 @@ def _attend_block(
             for k in range(0, depth, TILE_ROWS):
                 m, at = min(TILE_ROWS, depth - k), k * width + p * PANEL
                 q_at = p * size * PANEL
-                tile(m, 1, keys, k * size, size, 1, queries, q_at, PANEL, 0, weights, at, width, size, False)
+                tile(m, keys, k * size, size, 1, queries, q_at, PANEL, weights, at, width, size, False)
         if start + depth > position + 1:  # the block reaches beyond the first token's own position
             for k in range(max(0, position + 1 - start), depth):
                 for g in range(group):
@@ -156,7 +156,7 @@ def _attend_block(
         for r in range(0, rows, TILE_ROWS):
             m = min(TILE_ROWS, rows - r)
             for d in range(0, size, PANEL):
-                tile(m, 1, weights, r, 1, width, values, d, size, 0, sums, r * size + d, size, depth, True)
+                tile(m, weights, r, 1, width, values, d, size, sums, r * size + d, size, depth, True)
     for i in range(rows):
         at = (head * group + i // n) * size
         row = out[first + i % n, at : at + size]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from disagg.model.ops_cpu_jit import finish_item, finish_phase, kernel, next_item
-from disagg.model.ops_cpu_tile import GROUP, PANEL, TILE_ROWS, exp, tile
+from disagg.model.ops_cpu_tile import GROUP, PANEL, TILE_ROWS, exp, tile, wide_tile
 
 _BLOCK_BYTES = 256 * 1024  # of inputs: half of a 512 KiB second-level cache
 _SILU_ROWS = 24  # rows whose gate and up results wait in the first-level cache for the product
@@ -44,7 +44,7 @@ def _rows_times_panels(
     """c[rows, panels * 16] (+)= x[rows, depth] @ w, where w is `panels` consecutive [depth, 16] panels."""
     size = depth * PANEL
     if rows <= 2 and panels == GROUP:
-        tile(rows, GROUP, x, x_at, x_row, 1, w, w_at, PANEL, size, c, c_at, c_row, depth, add)
+        wide_tile(rows, x, x_at, x_row, w, w_at, size, c, c_at, c_row, depth, add)
         return
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     for panel in range(panels):
@@ -53,7 +53,7 @@ def _rows_times_panels(
             n = (rows - row + tiles - i - 1) // (tiles - i)  # near-equal tiles: 8 rows are 4 + 4, not 6 + 2
             at = c_at + row * c_row + panel * PANEL
             x_row_at, w_panel_at = x_at + row * x_row, w_at + panel * size
-            tile(n, 1, x, x_row_at, x_row, 1, w, w_panel_at, PANEL, size, c, at, c_row, depth, add)
+            tile(n, x, x_row_at, x_row, 1, w, w_panel_at, PANEL, c, at, c_row, depth, add)
             row += n
 
 
@@ -105,7 +105,7 @@ def _ragged_panel(x: np.ndarray, row: int, n: int, w: np.ndarray, out: np.ndarra
     at = (w.shape[0] - 1) * depth * PANEL
     for first in range(row, row + n, TILE_ROWS):
         rows = min(TILE_ROWS, row + n - first)
-        tile(rows, 1, x, first * depth, depth, 1, w, at, PANEL, 0, buffer, 0, PANEL, depth, False)
+        tile(rows, x, first * depth, depth, 1, w, at, PANEL, buffer, 0, PANEL, depth, False)
         for r in range(rows):
             for j in range(num_out - column):
                 before = out[first + r, column + j] if add else np.float32(0.0)

@@ -87,34 +87,56 @@ def _sum_loop(b: ir.IRBuilder, count: Any, num_sums: int, body: Callable[[Any, l
 
 
 @instruction
-def tile(typing, rows, panels, x, x_at, x_row, x_step, w, w_at, w_row, w_panel, c, c_at, c_row, depth, add):
-    """c[r, n] = (c[r, n] if add) + sum over k of x[r, k] * w[k, n], for rows x (panels * 16) results.
+def tile(typing, rows, x, x_at, x_row, x_step, w, w_at, w_row, c, c_at, c_row, depth, add):
+    """c[r, n] = (c[r, n] if add) + sum over k of x[r, k] * w[k, n], for rows x 16 results, rows in 1..6.
 
     x, w, c are contiguous arrays of any rank, addressed by the element offset *_at and the distance *_row between
-    rows; x_step is the distance between columns of x, w_panel between panels. rows is
-    1..6 with one panel, or 1..2 with GROUP panels. depth >= 1.
+    rows; x_step is the distance between columns of x. depth >= 1.
     """
     n = types.intp
-    signature = types.void(n, n, x, n, n, n, w, n, n, n, c, n, n, n, types.boolean)
+    signature = types.void(n, x, n, n, n, w, n, n, c, n, n, n, types.boolean)
 
     def generate(context, b, signature, args):
-        rows, panels, x, x_at, x_row, x_step, w, w_at, w_row, w_panel, c, c_at, c_row, depth, add = args
-        x = _data(context, b, signature.args[2], x, x_at)
-        w = _data(context, b, signature.args[6], w, w_at)
-        c = _data(context, b, signature.args[10], c, c_at)
-        done = b.append_basic_block("done")
-        choice = b.switch(b.add(b.mul(panels, _int(TILE_ROWS + 1)), rows), done)
-        for num_rows, num_panels in [(r + 1, 1) for r in range(TILE_ROWS)] + [(1, GROUP), (2, GROUP)]:
-            block = b.append_basic_block(f"tile{num_rows}x{num_panels}")
-            choice.add_case(_int(num_panels * (TILE_ROWS + 1) + num_rows), block)
-            b.position_at_end(block)
-            sums = _emit_tile(b, num_rows, num_panels, x, x_row, x_step, w, w_row, w_panel, depth)
-            _store_tile(b, num_rows, sums, c, c_row, add)
-            b.branch(done)
-        b.position_at_end(done)
+        rows, _, _, x_row, x_step, _, _, w_row, _, _, c_row, depth, add = args
+        x, w, c = (_data(context, b, signature.args[i], args[i], args[i + 1]) for i in (1, 5, 8))
+        weights = w, w_row, _int(0)
+        _emit_tiles(b, rows, 1, TILE_ROWS, (x, x_row, x_step), weights, (c, c_row), depth, add)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@instruction
+def wide_tile(typing, rows, x, x_at, x_row, w, w_at, w_panel, c, c_at, c_row, depth, add):
+    """The same for one or two rows x GROUP panels, which lie w_panel apart and are packed: their rows 16 apart."""
+    n = types.intp
+    signature = types.void(n, x, n, n, w, n, n, c, n, n, n, types.boolean)
+
+    def generate(context, b, signature, args):
+        rows, _, _, x_row, _, _, w_panel, _, _, c_row, depth, add = args
+        x, w, c = (_data(context, b, signature.args[i], args[i], args[i + 1]) for i in (1, 4, 7))
+        weights = w, _int(PANEL), w_panel
+        _emit_tiles(b, rows, GROUP, 2, (x, x_row, _int(1)), weights, (c, c_row), depth, add)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _emit_tiles(
+    b: ir.IRBuilder, rows: Any, panels: int, most_rows: int, inputs: tuple[Any, Any, Any],
+    weights: tuple[Any, Any, Any], results: tuple[Any, Any], depth: Any, add: Any,
+) -> None:  # fmt: skip
+    """One loop for each number of rows, and the choice among them."""
+    done = b.append_basic_block("done")
+    choice = b.switch(rows, done)
+    for num_rows in range(1, most_rows + 1):
+        block = b.append_basic_block(f"tile{num_rows}x{panels}")
+        choice.add_case(_int(num_rows), block)
+        b.position_at_end(block)
+        sums = _emit_tile(b, num_rows, panels, *inputs, *weights, depth)
+        _store_tile(b, num_rows, sums, *results, add)
+        b.branch(done)
+    b.position_at_end(done)
 
 
 def _emit_tile(

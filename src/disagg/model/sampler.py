@@ -9,14 +9,16 @@ Order: repetition, frequency and presence penalties, min_tokens, temperature, to
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from disagg.engine.batch import Output, TokenLogprobs
-from disagg.request import Request
+from disagg.request import Request, SamplingParams
 
 _MASK = 2**64 - 1
-_CANDIDATES = 1024  # likeliest tokens looked at first; sorting a whole vocabulary takes milliseconds a row
+_CANDIDATES = 1024  # largest weights looked at first
+_BLOCK = 256  # weights summed together when a distribution is walked
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> Output:
@@ -27,7 +29,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Output:
     if not requests:
         return Output([], [])
     adjusted = _adjust(logits, requests)
-    tokens = adjusted.argmax(dim=-1).tolist()
+    tokens = _argmax(adjusted)
     drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
     if drawn:
         rows = adjusted if len(drawn) == len(requests) else adjusted[drawn]
@@ -76,63 +78,97 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 def _penalise(row: Tensor, request: Request) -> None:
     """Change one row [V] in place."""
     params = request.params
-    tokens = torch.tensor(request.tokens, device=row.device)
+    tokens = np.array(request.tokens)
     if params.repetition_penalty != 1:
-        seen = tokens.unique()
-        values = row[seen]
+        seen = torch.from_numpy(tokens).to(row.device)
+        values = row[seen]  # a token seen twice is written twice with the same value
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    output = tokens[request.prompt_len :]
-    if len(output) and (params.presence_penalty or params.frequency_penalty):
-        seen, counts = output.unique(return_counts=True)
-        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if request.num_output and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = np.unique(tokens[request.prompt_len :], return_counts=True)
+        penalty = (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+        row[torch.from_numpy(ids).to(row.device)] -= torch.from_numpy(penalty).to(row.device)
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Inverse-transform sampling of each row.
-
-    Unfiltered rows walk the distribution in vocabulary order, filtered ones from the likeliest down. Which way a row
-    goes is decided by its own request alone, or its tokens would depend on its neighbours in the batch.
-    """
-    device = logits.device
+    """Inverse-transform sampling of each row, walking the distribution in vocabulary order."""
+    temperature = _column([request.params.temperature for request in requests], logits)
+    # the peak is subtracted first, so that a tiny temperature cannot make inf - inf
+    weights = (logits - logits.max(dim=-1, keepdim=True).values).div_(temperature).exp_()
     params = [request.params for request in requests]
-    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=torch.float32)
-    peak = logits.max(dim=-1, keepdim=True).values  # a tiny temperature must not make inf - inf
-    probabilities = ((logits - peak) / temperature[:, None]).softmax(dim=-1)
-    numbers = torch.tensor(
-        [uniform(_seed(request), request.num_output) for request in requests], device=device, dtype=torch.float64
-    )
-    tokens = [0] * len(requests)
     filtered = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p > 0]
-    plain = [row for row in range(len(requests)) if row not in set(filtered)]
-    if plain:
-        for row, token in zip(plain, _walk(probabilities[plain], numbers[plain]).tolist(), strict=True):
-            tokens[row] = token
-    for row in filtered:
-        tokens[row] = _draw_filtered(probabilities[row], requests[row], numbers[row : row + 1])
-    return tokens
+    if filtered:
+        chosen = weights[filtered]
+        chosen[chosen < _thresholds(chosen, [params[row] for row in filtered])] = 0
+        weights[filtered] = chosen
+    numbers = [uniform(_seed(request), request.num_output) for request in requests]
+    return _walk(weights, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
 
 
-def _draw_filtered(probabilities: Tensor, request: Request, number: Tensor) -> int:
-    """A token of one row [V] among those that top-k, top-p and min-p leave; the likeliest is always left."""
-    params = request.params
-    vocabulary = len(probabilities)
-    cut = 0 < params.top_k < vocabulary
-    values, ids = probabilities.topk(params.top_k if cut else min(_CANDIDATES, vocabulary))
-    mass = values.sum(dtype=torch.float64) if cut else 1.0  # of what top-k leaves
-    if not cut and values.sum() < params.top_p and values[-1] >= params.min_p * values[0]:
-        values, ids = probabilities.sort(descending=True, stable=True)  # the candidates were not enough
-    before = values.double().cumsum(0) - values
-    keep = (before < params.top_p * mass) & (values >= params.min_p * values[0])
-    keep[0] = True
-    return int(ids[_walk((values * keep)[None], number)])
+def _thresholds(weights: Tensor, params: Sequence[SamplingParams], candidates: int = _CANDIDATES) -> Tensor:
+    """The smallest weight that top-k, top-p and min-p leave, for each row of `weights` [S, V]; float32 [S, 1].
+
+    Tokens as likely as the last one left are left too. The likeliest always is. Only the `candidates` largest weights
+    are sorted, unless they do not decide every row; the result is the same.
+    """
+    vocabulary = weights.shape[1]
+    ranked = _largest(weights, min(candidates, vocabulary))
+    running = ranked.cumsum(dim=-1, dtype=torch.float64)
+    reach = ranked.shape[1]
+    top_k = _column([min(p.top_k or vocabulary, vocabulary) for p in params], weights).long()
+    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=weights.device)
+    floor = _column([p.min_p for p in params], weights) * ranked[:, :1]
+    within = top_k.clamp(max=reach) - 1
+    # the share top-p asks for is one of what top-k leaves
+    share = top_p * torch.where(
+        top_k < vocabulary, running.gather(1, within), weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    )
+    undecided = (top_k > reach) & (running[:, -1:] < share) & (ranked[:, -1:] >= floor)
+    undecided |= (top_k > reach) & (top_k < vocabulary)
+    if reach < vocabulary and undecided.any():
+        return _thresholds(weights, params, vocabulary)
+    num_before = (running < share).sum(dim=-1, keepdim=True)  # tokens that do not reach the share together
+    return torch.maximum(ranked.gather(1, torch.minimum(num_before, within)), floor)
 
 
-def _walk(weights: Tensor, numbers: Tensor) -> Tensor:
-    """For each row of `weights` [S, V], the first index whose running sum exceeds number * total; int64 [S]."""
-    sums = weights.double().cumsum(dim=-1)
-    # strictly below the total, so that rounding can never pick a token of weight zero at the end
-    targets = (numbers * sums[:, -1]).clamp(max=sums[:, -1].nextafter(sums.new_zeros(())))
-    return torch.searchsorted(sums, targets[:, None], right=True)[:, 0]
+def _walk(weights: Tensor, numbers: Tensor) -> list[int]:
+    """For each row of `weights` [S, V], the first index whose running sum exceeds number * total.
+
+    Sums of blocks first, then one block: a running sum over a whole vocabulary costs ten times as much.
+    """
+    rows = torch.arange(len(weights), device=weights.device)
+    if fill := -weights.shape[1] % _BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, fill))
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    ends = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = ends[:, -1]
+    # strictly below the total, so that rounding can never pick what lies behind the last weight
+    targets = (numbers * total).clamp(max=total.nextafter(total.new_zeros(())))
+    block = torch.searchsorted(ends, targets[:, None], right=True)[:, 0]
+    inside = blocks[rows, block].double()
+    rest = targets - torch.where(block > 0, ends[rows, block - 1], 0.0)
+    sums = inside.cumsum(dim=-1)
+    # two ways of summing a block differ in the last bit: stay at or before its last weight above zero
+    place = torch.searchsorted(sums, rest[:, None], right=True)[:, 0]
+    last = _BLOCK - 1 - (inside > 0).flip(-1).int().argmax(dim=-1)
+    return (block * _BLOCK + torch.minimum(place, last)).tolist()
+
+
+def _largest(weights: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row, largest first. On a CPU numpy sorts with vector instructions, torch does not."""
+    if not weights.is_cpu:
+        return weights.topk(count).values
+    found = np.partition(weights.numpy(), weights.shape[1] - count, axis=-1)[:, weights.shape[1] - count :]
+    found.sort(axis=-1)
+    return torch.from_numpy(found).flip(-1)
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    """The first of the largest of each row; numpy for the same reason as above."""
+    return (logits.numpy() if logits.is_cpu else logits).argmax(-1).tolist()
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
 def _logprobs(logits: Tensor, requests: Sequence[Request], tokens: list[int]) -> list[TokenLogprobs | None]:

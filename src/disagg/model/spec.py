@@ -213,7 +213,7 @@ def _refuse(config: Mapping[str, Any], family: Family, max_len: int) -> None:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelError(f"Activation {config['hidden_act']!r} is not supported: only silu is.")
     if config.get("quantization_config"):
-        raise ModelError("Quantised Hugging Face checkpoints are not supported: use an unquantised one, or a GGUF file.")
+        raise ModelError("Quantised Hugging Face checkpoints are not supported: use an unquantised one or a GGUF.")
     window = _sliding_window(config, family)
     if window is not None and window < max_len:
         raise ModelError(
@@ -241,7 +241,7 @@ def _rope(config: Mapping[str, Any], freq_factors: Sequence[float]) -> RopeSpec:
     """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind: Any = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise ModelError(f"Rotary scaling {kind!r} is not supported: only default, linear and llama3 are.")
     if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:

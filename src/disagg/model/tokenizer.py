@@ -74,7 +74,7 @@ class HuggingFaceTokenizer:
             return list(
                 self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise RequestError(f"The model's chat template refuses these messages: {error}.") from error
 
 
@@ -86,26 +86,25 @@ class Detokenizer:
     """
 
     _CONTEXT = 6  # ids of the past decoded along
-    _PATIENCE = 16  # ids held back at most: no character has so many bytes
+    _PATIENCE = 16  # ids without a new character before broken bytes are shown as such
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-self._CONTEXT :])
-        self._shown = self._stable(tokenizer.decode(self._ids))  # of the text of _ids, what is out already
-        self._pending = 0  # newest ids not (wholly) shown
+        self._shown = len(self._stable(tokenizer.decode(self._ids)))  # of the text of _ids, what is out already
+        self._waiting = 0  # ids since the last new character
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids and return the text that can no longer change; often empty while a character is incomplete."""
         self._ids += ids
-        self._pending += len(ids)
         text = self._tokenizer.decode(self._ids)
-        safe = self._stable(text) if self._pending < self._PATIENCE else text
-        new = self._advance(safe)
-        if len(safe) == len(text):
-            self._pending = 0
-            if len(self._ids) > 2 * self._CONTEXT:
-                self._ids = self._ids[-self._CONTEXT :]
-                self._shown = self._tokenizer.decode(self._ids)
+        new = self._advance(self._stable(text))
+        self._waiting = 0 if new else self._waiting + len(ids)
+        if self._waiting >= self._PATIENCE:
+            new, self._waiting = self._advance(text), 0
+        if self._shown == len(text) and len(self._ids) > 2 * self._CONTEXT:
+            self._ids = self._ids[-self._CONTEXT :]
+            self._shown = len(self._tokenizer.decode(self._ids))
         return new
 
     def flush(self) -> str:
@@ -113,10 +112,8 @@ class Detokenizer:
         return self._advance(self._tokenizer.decode(self._ids))
 
     def _advance(self, safe: str) -> str:
-        if len(safe) <= len(self._shown):
-            return ""
-        new = safe[len(self._shown) :]
-        self._shown = safe
+        new = safe[self._shown :]
+        self._shown = max(self._shown, len(safe))
         return new
 
     @staticmethod
@@ -131,9 +128,10 @@ def from_folder(folder: Path, name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return HuggingFaceTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return HuggingFaceTokenizer(loaded)
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -238,7 +236,7 @@ def _sentencepiece(meta: Mapping[str, Any]) -> tuple[Any, bool]:
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    space = [normalizers.Replace(" ", "\u2581")]
+    space: list[Any] = [normalizers.Replace(" ", "\u2581")]
     stripped = []
     if meta.get("add_space_prefix", True):
         space.insert(0, normalizers.Prepend("\u2581"))

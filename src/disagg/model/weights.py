@@ -107,9 +107,9 @@ def from_folder(folder: Path, spec: ModelSpec, device: str = "cpu") -> Weights:
             if name in found:
                 raise ModelError(f"Tensor {name} is in two files of {folder}: the checkpoint is inconsistent.")
             found[name] = (shape, _reader(file, name))
-    derived = [name for name in found if name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight")]
-    for name in derived:  # computed from the config, or a second copy of the embedding
-        del found[name]
+    for name in list(found):  # computed from the config, or a second copy of the embedding
+        if name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight"):
+            del found[name]
     return Weights(spec, found, str(folder), device)
 
 
@@ -141,7 +141,7 @@ def _safetensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(opened.read(size))
         return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} is not a safetensors file ({error}): fetch it again.") from error
 
 
@@ -171,9 +171,7 @@ def from_seed(spec: ModelSpec, seed: int, device: str = "cpu") -> Weights:
     Matrices are uniform with variance 1 / inputs, so a layer keeps the size of what passes through it; norms are 1;
     biases are small. Each tensor has its own generator, so the order of taking does not matter.
     """
-    found = {
-        name: (shape, _random(name, shape, seed, device)) for name, shape in expected_shapes(spec).items()
-    }
+    found = {name: (shape, _random(name, shape, seed, device)) for name, shape in expected_shapes(spec).items()}
     return Weights(spec, found, "random weights", device)
 
 

@@ -2,7 +2,7 @@
 
 import msgspec
 
-PROTOCOL_VERSION = 1  # raise with every change to cluster/messages.py that an older peer would misread
+PROTOCOL_VERSION = 2  # raise with every change to cluster/messages.py that an older peer would misread
 
 
 class Layout(msgspec.Struct, frozen=True):

@@ -17,12 +17,11 @@ import numpy as np
 from disagg.clock import WallClock
 from disagg.errors import HandshakeError
 from disagg.transfer.base import Pulled, runs
-
-_COPY_BYTES = 4 << 20  # one copy call at most: between calls other threads of a shared core get their turn
+from disagg.transfer.copy import copy_runs
 
 
 class SharedMemoryTransport:
-    """Pages in a memfd, uint8 [num_pages, page_bytes]; one copying thread, whose numpy copies release the GIL.
+    """Pages in a memfd, uint8 [num_pages, page_bytes]; one copying thread, which holds no GIL while it copies.
 
     `wake` is called from that thread when a pull has ended, so that a sleeping owner comes to poll.
     """
@@ -103,9 +102,8 @@ class SharedMemoryTransport:
         source = self._peers.get(address)
         if source is None:
             return Pulled(ticket, 0, start, start, f"not connected to {address}")
-        most = max(1, _COPY_BYTES // self._page_bytes)
-        for first, target, count in runs(theirs, ours):
-            for done in range(0, count, most):
-                stop = min(done + most, count)
-                np.copyto(self.pages[target + done : target + stop], source[first + done : first + stop])
+        try:
+            copy_runs(self.pages, source, runs(theirs, ours))
+        except IndexError as error:
+            return Pulled(ticket, 0, start, start, str(error))
         return Pulled(ticket, len(ours) * self._page_bytes, start, self._clock.now())

@@ -1,0 +1,167 @@
+"""`disagg compare` with real workers: the folder, the numbers' consistency, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from disagg.measure.run import RECORDS, RUN, WORKLOADS
+from disagg.record import read_records
+
+SMALL = ("--requests", "3", "--repeats", "2", "--rate", "8", "--duration", "1.5", "--no-tune", "--kv-memory", "0.1")
+
+
+def _command(*args):
+    code = "from disagg.cli.main import main; main()"
+    return [sys.executable, "-c", code, *args]
+
+
+def _run(*args):
+    return subprocess.run(_command(*args), capture_output=True, text=True, timeout=150, check=False)
+
+
+def _workers():
+    """Process ids of this user's workers."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has just ended
+        if b"disagg.cluster.worker" in words:
+            found.add(int(folder.name))
+    return found
+
+
+def _children(pid):
+    """Workers that `pid` started."""
+    return {worker for worker in _workers() if _parent(worker) == pid}
+
+
+def _parent(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """One small comparison of the seed model, shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    done = _run("compare", *SMALL, "--json", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_the_folder(result):
+    """Records, workloads, run, summary, report and figures are there, and stdout had the summary alone."""
+    folder, summary = result
+    names = {path.name for path in folder.iterdir()}
+    assert {RECORDS, WORKLOADS, RUN, "summary.json", "report.html"} <= names
+    assert sum(name.endswith(".png") for name in names) >= 4
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_both_arms_did_the_same(result):
+    """Every request of every block left one record that ended at its length, with the same tokens in both arms."""
+    folder, summary = result
+    records = list(read_records(folder / RECORDS))
+    tokens = {}
+    for record in records:
+        assert record.finish_reason == "length"
+        assert len(record.tokens) == record.output_len == record.max_tokens == len(record.token_at)
+        tokens.setdefault((record.phase, record.rate, record.repeat, record.index), {})[record.arm] = record.tokens
+    assert all(set(each) == {"2C", "1P1D"} for each in tokens.values())
+    assert all(each["2C"] == each["1P1D"] for each in tokens.values())
+    assert summary["token_mismatches"] == {"1P1D": 0}
+
+
+def test_the_parts_sum(result):
+    """TTFT and E2E are the sums of their parts, in every record; only the disaggregated arm has a hand-off."""
+    folder, _ = result
+    for record in read_records(folder / RECORDS):
+        assert sum(record.ttft_parts().values()) == pytest.approx(record.ttft_s)
+        assert sum(record.e2e_parts().values()) == pytest.approx(record.e2e_s)
+        handed = record.arm == "1P1D" and record.max_tokens > 1
+        assert (record.handoff_bytes > 0) == handed
+        assert (record.prefill_worker != record.decode_worker) == handed
+
+
+def test_report_rebuilds(result, tmp_path):
+    """From records and run alone, the same summary; in Chinese if asked."""
+    folder, summary = result
+    for name in (RECORDS, RUN):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    done = _run("report", str(tmp_path), "--lang", "zh", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == summary
+    assert "分离" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("compare", "--arms", "2C"), "compares nothing"),
+        (("compare", "--arms", "2C,1X1D"), "not understood"),
+        (("compare", "--budget", "cpu:4096"), "cpu:1 to cpu:"),
+        (("compare", "--slo", "ttft=fast"), "ttft=200ms"),
+        (("compare", "--prompt-len", "long"), "write 512"),
+        (("compare", "--qick"), "--quick"),
+        (("compar",), "Did you mean 'compare'"),
+        (("report", "nowhere"), "folder that compare has written"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(args, says, tmp_path, monkeypatch):
+    """Before any worker starts, and without leaving a folder."""
+    monkeypatch.chdir(tmp_path)
+    done = _run(*args)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_malformed_trace_names_its_line(tmp_path):
+    """The row that cannot be read stops the run with file and line."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,48,10\nnonsense\n")
+    done = _run("compare", "--trace", str(trace), "--out", str(tmp_path / "out"))
+    assert (done.returncode, "trace.csv:3: " in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill a worker"])
+def test_it_leaves_nothing_behind(how, tmp_path):
+    """Ctrl-C gives 130, a killed worker 1 with a sentence; neither leaves a worker."""
+    process = subprocess.Popen(
+        _command("compare", "--requests", "2", "--no-tune", "--duration", "60", "--out", str(tmp_path / "out")),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    workers = _wait_for(lambda: (tmp_path / "out" / RECORDS).exists() and _children(process.pid), process)
+    if how == "interrupt":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(min(workers), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == "interrupt" else 1), stderr
+    assert "Traceback" not in stderr
+    assert ("Interrupted" if how == "interrupt" else "SIGKILL") in stderr
+    assert not workers & _workers()
+
+
+def _wait_for(condition, process, limit_s=90.0):
+    """What `condition` gives once it is true; fails when the process ends or the time is up before."""
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        assert process.poll() is None, process.stderr.read()
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come")
