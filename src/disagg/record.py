@@ -70,7 +70,7 @@ class Record(msgspec.Struct, kw_only=True):
 
     scheduled_at: float = 0.0  # when the workload wanted it sent: latency counts from here
     sent_at: float | None = None  # when the client really sent it
-    queued_at: float | None = None  # when the prefill worker had it
+    queued_at: float | None = None  # when it was put into the prefill worker's inbox
     prefill_start_at: float | None = None  # start of the first step that computed a part of it
     prefill_end_at: float | None = None  # end of the step that sampled its first token
     handoff_start_at: float | None = None  # start of the first copy

@@ -506,29 +506,41 @@ class World:
 
     # going on
 
-    def calm(self, rounds=1):
-        """Rounds in which everything works. Whether anything happened in the last one."""
+    def calm(self, rounds=1, without=""):
+        """Rounds in which everything works but what `without` names. Whether anything happened in the last one.
+
+        `without`: "front", "copies", a worker's name (it stands still), or two, "P>D" (that link is silent).
+        """
         busy = False
         for _ in range(rounds):
-            busy = False
-            for worker in list(self.to_worker):
-                while self.to_worker[worker]:
-                    self.deliver_front(worker)
-                    busy = True
+            busy = without != "front" and self.hear_all()
             for link in list(self.links):
-                for _ in range(len(self.links.get(link, ()))):
-                    self.deliver(link)
-                    busy = True
+                source, to = (end.partition(".")[0] for end in link)
+                if without not in (to, f"{source}>{to}"):
+                    for _ in range(len(self.links[link])):
+                        self.deliver(link)
+                        busy = True
             for sim in list(self.live.values()):
-                while sim.wire.flights:
+                while sim.wire.flights and without != "copies":
                     sim.wire.advance(0)
                     busy = True
-                busy |= sim.turn()
-            for worker in list(self.to_front):
-                while self.to_front[worker]:
-                    self.hear(worker)
-                    busy = True
+                if not sim.name.startswith(f"{without}."):
+                    busy |= sim.turn()
+            busy |= without != "front" and self.hear_all()
             self.clock.advance(0.001)
+        return busy
+
+    def hear_all(self):
+        """All there is between the front end and the workers arrives."""
+        busy = False
+        for worker in list(self.to_worker):
+            while self.to_worker[worker]:
+                self.deliver_front(worker)
+                busy = True
+        for worker in list(self.to_front):
+            while self.to_front[worker]:
+                self.hear(worker)
+                busy = True
         return busy
 
     def check(self):

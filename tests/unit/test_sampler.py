@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from disagg.model.sampler import sample, uniform
+from disagg.engine.sampler import sample, uniform
 from disagg.request import Request, SamplingParams
 
 
@@ -124,7 +124,7 @@ def test_requests_without_a_seed_differ():
 
 def adjusted(logits, **kwargs):
     """One row of logits after penalties."""
-    from disagg.model.sampler import _adjust
+    from disagg.engine.sampler import _adjust
 
     return _adjust(torch.tensor([logits]), [request(temperature=0, **kwargs)])[0].tolist()
 

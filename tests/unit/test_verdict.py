@@ -79,4 +79,6 @@ def test_both_languages_say_the_same():
         for lang in ("en", "zh")
     ]
     assert names[0] == names[1]
-    assert say("drift", {"arm": "2C", "change": 0.3, "limit": 0.25}).startswith("2C drifted: the same requests took +30%")
+    assert say("drift", {"arm": "2C", "change": 0.3, "limit": 0.25}).startswith(
+        "2C drifted: the same requests took +30%"
+    )

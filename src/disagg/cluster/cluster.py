@@ -133,7 +133,7 @@ class Cluster:
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
         elsewhere = None if route.prefill == route.decode else route.decode
         submit = m.Submit(
-            request_id, list(prompt), len(prompt), params, sorted(stop_ids), now, attempt=0, decode_on=elsewhere
+            request_id, list(prompt), len(prompt), params, sorted(stop_ids), self._clock.now(), attempt=0, decode_on=elsewhere
         )
         self._mailbox.send(route.prefill, submit)
         return request_id

@@ -1,78 +1,192 @@
-"""A deployment becomes processes, and leaves nothing behind.
+"""Workers become processes, and leave nothing behind.
 
-Every worker is a child in a session of its own, so that Ctrl-C reaches only the front end, which then stops the
-workers. A worker also ends by itself when its standard input closes, that is when the front end dies in any way. The
-mailboxes and logs lie in one folder that only this user can enter; pages lie in memory files without a name.
+A worker is started by itself (`spawn`), or forked by a Template, which has loaded the model before. Either way it lives
+in a session of its own, so that Ctrl-C reaches only the front end, which then stops the workers, and it ends by itself
+when a pipe closes, that is when the front end dies in any way. The mailboxes and logs lie in one folder that only this
+user can enter; pages lie in memory files without a name.
 """
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from disagg.clock import WallClock
+from disagg.cluster import template as t
 from disagg.cluster.worker import WorkerConfig
+from disagg.config import EngineSpec
+from disagg.errors import DisaggError, InputError, WorkerLost
 
 _STOP_S = 3.0  # how long a worker may take to leave by itself
+_FORK_S = 10.0  # how long a template may take to fork; it takes some milliseconds
 
 
 class Process:
-    """One worker process."""
+    """One worker process. `code` waits for its end and tells its exit code; None when nobody knows it."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, pid: int, code: Callable[[], int | None], leave: Callable[[], None]
+    ) -> None:
         self.config = config
-        self.log = Path(config.folder) / f"{config.worker}.log"
-        num_threads = str(len(config.spec.devices))
-        environment = os.environ | {
-            "OMP_NUM_THREADS": num_threads,
-            "MKL_NUM_THREADS": num_threads,
-            "NUMBA_NUM_THREADS": num_threads,
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        with self.log.open("wb") as log:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "disagg.cluster.worker"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-        self.exit_fd = os.pidfd_open(self.popen.pid)  # readable when the process has ended
-        assert self.popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: noticed by its exit
-            self.popen.stdin.write(msgspec.json.encode(config) + b"\n")
-            self.popen.stdin.flush()
+        self.pid = pid
+        self.log = _log(config)
+        self.exit_fd = os.pidfd_open(pid)  # readable when the process has ended
+        self._code = code
+        self._leave = leave
 
     @property
     def alive(self) -> bool:
         """Whether the process has not ended."""
-        return self.popen.poll() is None
+        return not _readable(self.exit_fd, 0)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to this process and to no other that may have its number by now."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.exit_fd, number)
 
     def obituary(self) -> str:
         """How it ended, in words, with the last line it wrote."""
-        code = self.popen.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        code = self._code()
+        if code is None:
+            how = "ended"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        said = f"; its last words: {lines[-1].strip()}" if lines and code > 0 else ""
-        return f"Worker {self.config.worker} (pid {self.popen.pid}) {how}{said}."
+        said = f"; its last words: {lines[-1].strip()}" if lines and code is not None and code > 0 else ""
+        return f"Worker {self.config.worker} (pid {self.pid}) {how}{said}."
+
+    def close(self, patience_s: float = _STOP_S) -> None:
+        """Let it leave, wait, kill it if it does not, and forget it."""
+        self._leave()
+        if not _readable(self.exit_fd, patience_s):
+            self.signal(signal.SIGKILL)
+            _readable(self.exit_fd, _STOP_S)
+        self._code()
+        os.close(self.exit_fd)
+
+
+def spawn(config: WorkerConfig) -> Process:
+    """A worker in a new interpreter, which has everything to load yet."""
+    with _log(config).open("wb") as log:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "disagg.cluster.worker_process"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=_environment(len(config.spec.devices)),
+            start_new_session=True,
+        )
+    stdin = popen.stdin
+    assert stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once: noticed by its exit
+        stdin.write(msgspec.json.encode(config) + b"\n")
+        stdin.flush()
+
+    def leave() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            stdin.close()
+
+    return Process(config, popen.pid, popen.wait, leave)
+
+
+class Template:
+    """The front end's handle of the process described in template.py."""
+
+    def __init__(self, engine: EngineSpec, folder: Path) -> None:
+        alive_fd, self._keep_fd = os.pipe()
+        with (folder / "template.log").open("wb") as log:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "disagg.cluster.template", str(alive_fd)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=_environment(1),
+                start_new_session=True,
+                pass_fds=(alive_fd,),
+            )
+        os.close(alive_fd)
+        self._clock = WallClock()
+        self._buffer = b""
+        self._ready = False
+        self._closed = False
+        self._forked: dict[str, int] = {}  # worker -> pid, until it is asked for
+        self._codes: dict[int, int] = {}  # likewise
+        self._write(engine)
+
+    def ready(self, timeout_s: float) -> bool:
+        """Whether it has loaded the model, after waiting for it. Raises what kept it from doing so."""
+        self._read_until(lambda: self._ready, timeout_s)
+        return self._ready
+
+    def fork(self, config: WorkerConfig) -> Process:
+        """A worker. Should the template be gone, it is spawned instead, which takes longer."""
+        with contextlib.suppress(WorkerLost, ProcessLookupError):
+            self._write(config)
+            self._read_until(lambda: config.worker in self._forked, _FORK_S)
+            if (pid := self._forked.pop(config.worker, None)) is not None:
+                return Process(config, pid, lambda: self._code(pid), lambda: None)
+        return spawn(config)
 
     def close(self) -> None:
-        """Close its standard input, wait for it to leave, and kill it if it does not."""
-        assert self.popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.popen.stdin.close()
+        """Let all forked workers leave, and then the template. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        os.close(self._keep_fd)
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
         try:
-            self.popen.wait(_STOP_S)
+            self._popen.wait(_STOP_S)
         except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
-        os.close(self.exit_fd)
+            self._popen.kill()
+            self._popen.wait()
+
+    def _code(self, pid: int) -> int | None:
+        if not self._closed:
+            with contextlib.suppress(WorkerLost):
+                self._read_until(lambda: pid in self._codes, 1.0)
+        return self._codes.pop(pid, None)
+
+    def _write(self, line: msgspec.Struct) -> None:
+        assert self._popen.stdin is not None
+        try:
+            self._popen.stdin.write(msgspec.json.encode(line) + b"\n")
+            self._popen.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerLost("The template of the workers has ended.") from None
+
+    def _read_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        assert self._popen.stdout is not None
+        fd = self._popen.stdout.fileno()
+        until = self._clock.now() + timeout_s
+        while not condition() and _readable(fd, max(0.0, until - self._clock.now())):
+            data = os.read(fd, 1 << 16)
+            if not data:
+                raise WorkerLost("The template of the workers has ended.")
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            for line in lines:
+                self._note(msgspec.json.decode(line, type=t.News))
+
+    def _note(self, news: Any) -> None:
+        if isinstance(news, t.Failed):
+            raise (InputError if news.input_error else DisaggError)(news.reason)
+        if isinstance(news, t.Ready):
+            self._ready = True
+        elif isinstance(news, t.Forked):
+            self._forked[news.worker] = news.pid
+        elif isinstance(news, t.Exited):
+            self._codes[news.pid] = news.code
 
 
 def make_folder() -> Path:
@@ -83,3 +197,20 @@ def make_folder() -> Path:
 def remove_folder(folder: Path) -> None:
     """Remove it with all that is in it."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _log(config: WorkerConfig) -> Path:
+    return Path(config.folder) / f"{config.worker}.log"
+
+
+def _environment(num_threads: int) -> dict[str, str]:
+    threads = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(num_threads)
+    )
+    return os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def _readable(fd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1e3))

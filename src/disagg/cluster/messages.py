@@ -128,7 +128,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
 class Holder(msgspec.Struct, frozen=True, array_like=True):
     """One holder of pages: a request in the scheduler, or a hand-off given away ("prefill") or taken ("decode").
 
-    `age_s` counts from when the client sent the request; `reason` says what the pages wait for.
+    `age_s` counts from when the client sent the request, or from when the hand-off came into this state.
     """
 
     id: str
@@ -140,9 +140,10 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AuditReport(Message, frozen=True):
-    """Where every page of a worker is. free + cached + held == total, and every reference to a page has its holder.
+    """Where every page of a worker is: free + cached + held == total, and held == the last four of `places`.
 
-    `fault` is a sentence when that does not hold: a bug in this package.
+    `places` are the terms of the conservation rule (see conserve.py); `handoffs` counts how those given away
+    ("prefill") and taken ("decode") ended. `fault` is a sentence when the rule is broken: a bug in this package.
     """
 
     worker: str
@@ -152,6 +153,8 @@ class AuditReport(Message, frozen=True):
     cached: int
     held: int
     holders: list[Holder]
+    places: dict[str, int]
+    handoffs: dict[str, dict[str, int]]
     fault: str = ""
 
 

@@ -5,9 +5,8 @@
 Nothing in the loop waits, except for the inbox when there is nothing else to do. Copies run beside it, in the
 transport's thread.
 
-A request may come more than once: when a worker dies the front end sends it again, with the next attempt number, and
-calls off the old attempt. Messages of different senders overtake one another, so what counts is the number: a later
-attempt replaces an earlier one, and nothing of an attempt that was called off is taken any more.
+A request may come more than once: when a worker dies the front end calls off the attempt and sends the next one.
+Messages of different senders overtake one another, so what counts is the number: a later attempt ends earlier ones.
 """
 
 import os
@@ -20,6 +19,7 @@ import msgspec
 from disagg.cache.pages import PagePool
 from disagg.clock import WallClock
 from disagg.cluster import messages as m
+from disagg.cluster.conserve import conserve
 from disagg.cluster.handoff_decode import DecodeSide, Receiving
 from disagg.cluster.handoff_prefill import PrefillSide, handoff_id
 from disagg.cluster.mailbox import FRONT, Mailbox
@@ -34,7 +34,6 @@ from disagg.transfer.base import Transport
 
 KV_DTYPE = "float32"  # of the cache on the CPU, whatever the weights are stored as
 _IDLE_S = 0.05  # the longest nap of an idle loop: cleanup runs at least this often
-_REMEMBERED = 10_000  # requests whose called-off attempts are remembered
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -79,7 +78,6 @@ class Worker:
         self._hello = hello
         self._me = hello.worker
         self._mailbox = mailbox
-        self._transport = transport
         spec, clock = config.engine, WallClock()
         assert spec.max_len is not None
         self._scheduler = Scheduler(
@@ -94,12 +92,10 @@ class Worker:
         self._clock = clock
         self.checksum = checksum
         self._giving = PrefillSide(
-            hello, clock, self._send, self._scheduler, config.lease_s, self._handed_over, checksum, self._orphaned
+            hello, clock, mailbox.send, self._scheduler, config.lease_s, self._handed_over, checksum, self._orphaned
         )
-        self._taking = DecodeSide(hello, clock, self._send, transport, self._scheduler, self, config.max_wait_s)
+        self._taking = DecodeSide(hello, clock, mailbox.send, transport, self._scheduler, self, config.max_wait_s)
         self._jobs: dict[str, _Job] = {}
-        self._stale: dict[str, int] = {}  # request id -> newest attempt that was called off; oldest first
-        self._lost: set[str] = set()
         self._outgoing = m.Progress(self._me, [], [])
         self._heartbeat_s = config.heartbeat_s
         self._heartbeat_at = 0.0
@@ -141,7 +137,8 @@ class Worker:
         if isinstance(message, m.Submit):
             self._submit(message)
         elif isinstance(message, m.Offer):
-            self._take(message)
+            self._abort_before(message.request)
+            self._taking.on_offer(message)
         elif isinstance(message, m.ChunkReady | m.Cancel | m.Renewed):
             self._taking.on_message(message)
         elif isinstance(message, m.PullDone | m.Dropped | m.Renew):
@@ -168,36 +165,18 @@ class Worker:
             self._heartbeat_at = now + self._heartbeat_s
             self._mailbox.send(FRONT, m.Draining(self._me) if self._draining else m.Heartbeat(self._me))
 
-    def _send(self, to: str, message: m.Message) -> None:
-        if to not in self._lost:
-            self._mailbox.send(to, message)
-
     # Requests come and go
 
     def _submit(self, submit: m.Submit) -> None:
-        if self._is_stale(submit):
-            return
-        elsewhere = submit.decode_on is not None and submit.decode_on not in self._lost | {self._me}
-        request = _request(submit, elsewhere)
-        self._start(submit, request, Facts(self._me, queued_at=self._clock.now()), self._scheduler.add)
+        self._abort_before(submit)
+        request = _request(submit, elsewhere=submit.decode_on not in (None, self._me))
+        # queued since it was sent: a worker reads its inbox between steps, and that wait is queueing too
+        self._start(submit, request, Facts(self._me, queued_at=submit.order), self._scheduler.add)
 
-    def _take(self, offer: m.Offer) -> None:
-        """A prefill worker wants to hand over a request."""
-        source = offer.source
-        if source.worker in self._lost:
-            return
-        if self._is_stale(offer.request):
-            self._send(source.worker, m.Dropped(self._me, offer.handoff))
-            return
-        self._taking.on_offer(offer)
-
-    def _is_stale(self, submit: m.Submit) -> bool:
-        """Whether this attempt was called off; if not, all earlier ones are now."""
-        if submit.attempt <= self._stale.get(submit.id, -1):
-            return True
+    def _abort_before(self, submit: m.Submit) -> None:
+        """A later attempt ends the earlier ones, should their Abort not be here yet."""
         if submit.attempt > 0:
             self._abort(submit.id, submit.attempt - 1)
-        return False
 
     def _start(self, submit: m.Submit, request: Request, facts: Facts, enter: Callable[[Request], None]) -> None:
         """Let the request into the scheduler; if it cannot be served, it ends here and now, with its pages."""
@@ -217,29 +196,26 @@ class Worker:
             self._scheduler.abort(request_id)
             self._forget(request_id)
         self._taking.abort(request_id, attempt)
-        if attempt is None:
-            return
-        self._stale[request_id] = max(attempt, self._stale.pop(request_id, -1))
-        if len(self._stale) > _REMEMBERED:
-            del self._stale[next(iter(self._stale))]
 
     def _worker_lost(self, worker: str) -> None:
         self._giving.worker_lost(worker)
         self._taking.worker_lost(worker)
-        self._lost.add(worker)
         self._mailbox.forget(worker)
 
     def _handed_over(self, request: Request) -> None:
         """Its decode worker has it: it has left our scheduler."""
-        job = self._jobs.get(request.id)
-        if job is not None and job.request is request:
-            self._forget(request.id)
+        if (job := self._job_of(request)) is not None:
+            self._forget(job.submit.id)
 
     def _orphaned(self, request: Request, reason: str) -> None:
         """Nobody computes it any more, and it has left our scheduler: the front end tries again."""
-        job = self._jobs.get(request.id)
-        if job is not None and job.request is request:
+        if (job := self._job_of(request)) is not None:
             self._end(job, FinishReason.ERROR, reason, retryable=True)
+
+    def _job_of(self, request: Request) -> _Job | None:
+        """Not that of a later attempt under the same id."""
+        job = self._jobs.get(request.id)
+        return job if job is not None and job.request is request else None
 
     # One step
 
@@ -307,27 +283,24 @@ class Worker:
         ended = m.Ended(submit.id, submit.attempt, FinishReason.ERROR, 0, receiving.facts, reason, retryable=True)
         self._outgoing.ended.append(ended)
 
-    # Where every page is
-
     def _audit(self, serial: int) -> m.AuditReport:
-        pool, now = self._scheduler.pool, self._clock.now()
-        held = list(self._withheld)
-        holders = [m.Holder("", "withheld", "withheld", len(held), None, "fault injection")] if held else []
-        for one in self._scheduler.audit():
+        scheduler, now = self._scheduler, self._clock.now()
+        given, taken = self._giving.held(), self._taking.held()
+        holders = [m.Holder("", "withheld", "", len(self._withheld), None, "fault injection")] if self._withheld else []
+        for one in scheduler.audit():
             job = self._jobs.get(one.request_id)
             age_s = now - job.submit.order if job is not None else None
             holders.append(m.Holder(one.request_id, "scheduler", one.status.value, len(one.pages), age_s))
-        for side, table in (("prefill", self._giving.held()), ("decode", self._taking.held())):
-            for kept in table:
-                reason = f"{kept.reason}, lease for {kept.lease_s:.1f} s more"
-                holders.append(m.Holder(kept.handoff, side, kept.state, len(kept.pages), kept.age_s, reason))
-                held += kept.pages
-        fault = ""
+        for side, table in (("prefill", given), ("decode", taken)):
+            holders += [m.Holder(h.handoff, side, h.state, len(h.pages), h.age_s, h.reason) for h in table]
+        places, fault = {}, ""
         try:
-            self._scheduler.check(held)
+            places = conserve(scheduler, given, taken, self._withheld)._asdict()
         except InvariantError as error:
             fault = str(error)
-        return m.AuditReport(self._me, serial, pool.num_pages, *pool.counts(), holders, fault)
+        pool = scheduler.pool
+        outcomes = {"prefill": dict(self._giving.counts), "decode": dict(self._taking.counts)}
+        return m.AuditReport(self._me, serial, pool.num_pages, *pool.counts(), holders, places, outcomes, fault)
 
 
 def _request(submit: m.Submit, elsewhere: bool) -> Request:

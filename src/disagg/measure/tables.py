@@ -106,7 +106,7 @@ def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console,
         table.add_row(words[name], *(_ms(arm[name]["mean"]) for arm in arms.values()), "", _ms(published[name]))
     shares = [arm["handoff_share"] for arm in arms.values()]
     table.add_row(words["share"], *map(_share, shares), "", _share(published["handoff_share"]))
-    percentiles = (_percentiles(arm["total_s"], "/") for arm in arms.values())
+    percentiles = (_percentiles(arm["total_s"]) for arm in arms.values())
     table.add_row(f"{words['total_s']} {words['p99']}", *percentiles, "", "")
     console.print(table)
     found = part["relative_difference"]
@@ -172,8 +172,8 @@ def _ms(seconds: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def _percentiles(stat: Mapping[str, Any], between: str = " / ") -> str:
-    return between.join(_ms(stat[name]) for name in ("p50", "p90", "p99"))
+def _percentiles(stat: Mapping[str, Any]) -> str:
+    return " / ".join(_ms(stat[name]) for name in ("p50", "p90", "p99"))
 
 
 def _share(value: float | None) -> str:
