@@ -157,7 +157,11 @@ def main() -> None:
         results[f"disagg {dtype}"] = measure(Ours(dtype), repeats)
     bounds = {"float32": limits(ceiling, 538_000_000), "float16": limits(ceiling, 269_000_000)}
     print(f"read {ceiling['read_gb_s']:.1f} GB/s, {ceiling['gflop_s']:.0f} GFLOP/s on {arguments.threads} thread(s)\n")
-    print(f"{'tokens/s':18}" + "".join(f"{name:>18}" for name in results) + f"{'limit f32':>12}{'limit f16':>12}{'ratio':>8}")
+    print(
+        f"{'tokens/s':18}"
+        + "".join(f"{name:>18}" for name in results)
+        + f"{'limit f32':>12}{'limit f16':>12}{'ratio':>8}"
+    )
     for case, peer in results["transformers f32"].items():
         cells = "".join(f"{rates[case]:18.1f}" for rates in results.values())
         ratio = results["disagg float16"][case] / peer

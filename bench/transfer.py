@@ -85,7 +85,9 @@ def stall(num_pages: int) -> dict[str, float]:
 
 def main() -> None:
     print(f"{os.cpu_count()} cores; a page is {PAGE_BYTES / 1e3:.0f} kB\n")
-    print(f"{'tokens':>8}{'MB':>8}{'memcpy GB/s':>14}{'pull GB/s':>12}{'share':>8}{'scattered':>12}{'share':>8}{'pull ms':>10}")
+    print(
+        f"{'tokens':>8}{'MB':>8}{'memcpy GB/s':>14}{'pull GB/s':>12}{'share':>8}{'scattered':>12}{'share':>8}{'pull ms':>10}"
+    )
     rows = []
     for tokens in (128, 512, 2048):
         num_pages = tokens // 16
@@ -97,7 +99,10 @@ def main() -> None:
             f"{whole['gb_s'] / ceiling:8.0%}{scattered['gb_s']:12.1f}{scattered['gb_s'] / ceiling:8.0%}{whole['ms']:10.2f}"
         )
     felt = stall(128)
-    print("\na step, ms: " + ", ".join(f"{name.removesuffix('_ms').replace('_', ' ')} {ms:.2f}" for name, ms in felt.items()))
+    print(
+        "\na step, ms: "
+        + ", ".join(f"{name.removesuffix('_ms').replace('_', ' ')} {ms:.2f}" for name, ms in felt.items())
+    )
     print(json.dumps({"benchmark": "transfer", "rows": rows, "step_ms": felt}))
 
 

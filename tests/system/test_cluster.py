@@ -29,7 +29,7 @@ def traces_left() -> set[str]:
     found |= {str(path) for path in Path("/dev/shm").glob("*disagg*")}
     for proc in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"disagg.cluster.worker" in proc.read_bytes():
+            if b"disagg.cluster." in proc.read_bytes():
                 found.add(str(proc))
         except OSError:
             continue
@@ -176,7 +176,7 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(victim):
         for prompt in PROMPTS:
             cluster.submit(prompt, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
         wait_until(lambda: any(update.tokens for update in cluster.poll(0.05)))
-        (pid,) = [p.popen.pid for p in cluster._processes if p.config.worker == victim]
+        (pid,) = [w.process.pid for w in cluster.workers() if w.address == victim]
         os.kill(pid, signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(WorkerLost, match=f"{victim}.*SIGKILL"):

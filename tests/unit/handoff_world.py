@@ -139,10 +139,12 @@ class Sim:
         )  # fmt: skip
         self.jobs, self.offered, self.lost, self.stale = {}, set(), set(), {}
         self.out = m.Progress(name, [], [])
+        self.touched = True  # since the last check
 
     # what arrives
 
     def receive(self, message):
+        self.touched = True
         if isinstance(message, m.Submit):
             self.submit(message)
         elif isinstance(message, m.Offer):
@@ -192,6 +194,7 @@ class Sim:
 
     def turn(self):
         """Whether anything was computed."""
+        self.touched = True
         self.taking.tick()
         self.giving.tick()
         stepped = self.engine.step(self.begin)
@@ -288,6 +291,9 @@ class Sim:
 
     def check(self):
         """Conservation, and every hand-off counted once."""
+        if not self.touched:
+            return
+        self.touched = False
         conserve(self.scheduler, self.giving.held(), self.taking.held())
         for side in (self.giving, self.taking):
             over = sum(side.counts[outcome] for outcome in ("done", "failed", "expired", "aborted"))

@@ -44,6 +44,7 @@ def test_no_records_no_figures(tmp_path: Path) -> None:
 
 
 def test_only_the_sequential_phase(tmp_path: Path) -> None:
+    """Without load only the figure of the sequential phase is drawn."""
     assert draw_all(one_at_a_time(["2C", "1P1D"], 1, 3), SLO(), Words(), tmp_path) == ["one_at_a_time"]
 
 
@@ -76,6 +77,7 @@ def test_each_arm_has_its_own_colour_and_no_stage_has_it() -> None:
 
 
 def test_colocated_arms_come_first() -> None:
+    """Colocated arms stand before disaggregated ones, whatever the order of the records."""
     records = [Record(request_id=arm, index=0, prompt_len=1, arm=arm) for arm in ("1P1D", "2C@cpu:2", "1C")]
     assert scene(records).arms == ["2C@cpu:2", "1C", "1P1D"]
 
@@ -104,6 +106,7 @@ def test_stretch_holds_the_gap_of_the_colocated_arm() -> None:
 
 
 def test_stretch_without_a_colocated_arm_is_somewhere_in_the_run() -> None:
+    """With nothing to frame, the window is still a part of the run."""
     found = find_stretch(scene(under_load(["1P1D"], [8.0], 1, 20)))
     assert found is not None
     assert found.gap is None

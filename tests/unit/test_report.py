@@ -132,6 +132,7 @@ def test_a_void_run_says_why_and_gives_no_verdict(tmp_path: Path) -> None:
 
 
 def test_many_arms(tmp_path: Path) -> None:
+    """Every arm of four is on the page."""
     arms = ["1C", "2C", "1P1D", "2P2D"]
     results(tmp_path, arms, one_at_a_time(arms, 1, 4) + under_load(arms, [10.0], 2, 20))
     text = visible(page(tmp_path))
@@ -139,6 +140,7 @@ def test_many_arms(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    """A folder that compare did not write is one sentence, not a trace."""
     with pytest.raises(InputError, match="give a folder that compare has written"):
         report.build(tmp_path)
 
@@ -156,12 +158,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_milliseconds_keep_three_digits(seconds: float | None, shown: str) -> None:
+    """Three significant digits, thousands with a comma, a dash for what is not known."""
     assert report.milliseconds(seconds) == shown
 
 
 def test_changes_show_their_sign_and_no_minus_zero() -> None:
+    """A relative change in percent always shows its sign."""
     assert [report.change(share) for share in (0.022, -0.714, 3.61, -0.0001)] == ["+2.2", "-71.4", "+361", "+0.0"]
 
 
 def test_flatten_leaves_out_what_says_nothing() -> None:
+    """Nested settings become dotted names; empty ones are left out."""
     assert dict(report.flatten({"a": {"b": 1, "c": None, "d": ""}, "e": [], "f": (1, 2)})) == {"a.b": "1", "f": "1, 2"}

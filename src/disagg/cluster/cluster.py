@@ -3,61 +3,60 @@
     submit ─▶ router picks workers ─▶ Submit to the prefill worker
     poll   ◀─ first token from the prefill worker, the others from the decode worker, in order ◀─
 
-Not thread safe: one thread submits and polls. Messages of two workers may overtake one another, so tokens are put in
-order by their index, and a request is over when it was said to be, all its tokens are here and every worker that had a
-part in it has told its part.
+Supervised, it outlives its workers: one that dies is started again, and every request that needed it is sent again,
+with the tokens the client already has, after the attempt that is left of it was called off. Not thread safe: one
+thread submits and polls, and what is said of workers here happens while it polls.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import msgspec
 
 from disagg.clock import WallClock
+from disagg.cluster import canary, limits
 from disagg.cluster import messages as m
-from disagg.cluster.launch import Process, make_folder, remove_folder
+from disagg.cluster.launch import Process, Template, make_folder, remove_folder
+from disagg.cluster.ledger import Ledger, Live
+from disagg.cluster.ledger import Update as Update
 from disagg.cluster.mailbox import FRONT, Mailbox
 from disagg.cluster.router import LeastOutstanding, Policy, Route, Router, WorkerView
-from disagg.cluster.worker import KV_DTYPE, WorkerConfig
-from disagg.config import Deployment, EngineSpec
-from disagg.engine.batch import TokenLogprobs
-from disagg.errors import DisaggError, InputError, RequestError, WorkerLost
-from disagg.model.spec import ModelSpec
+from disagg.cluster.supervise import Death, Seat, Supervisor
+from disagg.cluster.worker import WorkerConfig
+from disagg.config import Deployment, EngineSpec, Role
+from disagg.errors import InputError, Overloaded, WorkerLost
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
 
-_START_S = 180.0  # the longest a worker may take to load its model and compile its kernels
-_TURN_S = 0.5
+MOST_ATTEMPTS = 5  # of one request: one that kills every worker it meets must not do so for ever
+_HEARTBEAT_S = 0.25
+_LONGEST_RETRY_AFTER_S = 60.0
 
 
-class Update(NamedTuple):
-    """News of one request: tokens that are new to the client, and the Record when it is over."""
+class WorkerStatus(NamedTuple):
+    """One worker of the deployment as the front end sees it."""
 
-    request_id: str
-    tokens: list[int]
-    logprobs: list[TokenLogprobs | None]
-    record: Record | None
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request the client still waits for."""
-
-    record: Record
-    route: Route
-    early: dict[int, m.NewToken] = field(default_factory=dict)  # came before one with a smaller index
-    ended: m.Ended | None = None
-    told: set[str] = field(default_factory=set)  # workers whose facts are in the record
+    name: str
+    address: str  # name.epoch
+    role: Role
+    up: bool
+    process: Process | None
 
 
 class Cluster:
     """Workers of one deployment. A context manager: leaving it leaves no process, file, socket or memory behind.
 
-    `spec` is the model's shape, `num_pages` what each worker's KV cache holds. Raises ModelError, BudgetError and
-    WorkerLost from the constructor, after cleaning up.
+    supervise: restart dead workers and retry their requests; else a death raises WorkerLost from `poll`. A supervised
+        deployment whose requests are handed over serves only if its canary agrees (canary.py).
+    lease_s: how long pages wait for a decode worker that does not ask for them. max_wait_s: bounds each wait of a
+        hand-off. silence_s: a supervised worker that says nothing for so long is killed; well above its longest step.
+    max_outstanding: requests at a time; `submit` refuses more.
+
+    `num_pages` is what each worker's KV cache holds. Raises ModelError, BudgetError, WorkerLost and DisaggError from
+    the constructor, after cleaning up.
     """
 
     def __init__(
@@ -66,31 +65,50 @@ class Cluster:
         engine: EngineSpec,
         *,
         policy: Policy | None = None,
+        supervise: bool = False,
         lease_s: float = 10.0,
         max_wait_s: float = 60.0,
+        silence_s: float = 30.0,
+        max_outstanding: int = 10_000,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         from disagg.model.load import load_info
 
         self.info = load_info(engine.model)
-        self.engine = _resolved(engine, self.info.spec.max_len)
+        self.engine = limits.resolved(engine, self.info.spec.max_len)
         self.deployment = deployment
         self._eos = frozenset(self.info.spec.eos_ids)
+        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, len(deployment.workers))
+        self._max_outstanding = max_outstanding
         self._clock = WallClock()
-        self._live: dict[str, _Live] = {}
+        self._ledger = Ledger()
+        self._parked: list[str] = []  # requests that wait for a worker to come up
+        self._held_back: list[Update] = []  # news that came while somebody waited for something else
         self._audits: dict[str, m.AuditReport] = {}
         self._serial = 0
-        self._processes: list[Process] = []
+        self._last_end_at = self._end_gap_s = 0.0
         self._folder = make_folder()
         self._mailbox = Mailbox(self._folder, FRONT)
+        template = Template(self.engine, self._folder) if supervise else None
+        heartbeat_s = _HEARTBEAT_S if supervise else None
+        configs = [
+            WorkerConfig(spec, 0, self.engine, str(self._folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
+            for spec in deployment.workers
+        ]
+        self._supervisor = Supervisor(
+            configs, self._mailbox, self._clock, restart=supervise, silence_s=silence_s, fork_from=template
+        )
+        self._router = Router(policy or LeastOutstanding())
         try:
-            self.num_pages = _pages_per_worker(self.engine, self.info.spec, len(deployment.workers))
-            self._start(lease_s, max_wait_s, progress)
+            self._supervisor.start(lambda names: progress(f"{deployment.name}: waiting for {', '.join(sorted(names))}"))
+            for seat in self._supervisor.seats.values():
+                self._router.add(WorkerView(seat.worker, seat.config.spec.role))
+            if supervise and deployment.disaggregated:
+                progress(f"{deployment.name}: canary")
+                canary.require(self)
         except BaseException:
             self.close()
             raise
-        views = [WorkerView(process.config.worker, process.config.spec.role) for process in self._processes]
-        self._router = Router(policy or LeastOutstanding(), views)
 
     def __enter__(self) -> "Cluster":
         return self
@@ -107,202 +125,227 @@ class Cluster:
         *,
         scheduled_at: float | None = None,
         index: int = 0,
+        route: Route | None = None,
     ) -> str:
-        """Send one request of token ids; returns its id. `scheduled_at`: when it should have been sent, if not now.
+        """Send one request of token ids; returns its id.
 
-        Raises RequestError when it could never be served, before anything is sent.
+        `scheduled_at`: when it should have been sent, if not now. `route`: the names of the workers to use, for its
+        first attempt. Raises RequestError when it could never be served and Overloaded when there are too many, before
+        anything is sent.
         """
-        self._validate(prompt, params)
+        limits.validate(prompt, params, self.engine, self.info.spec.vocab_size, self.num_pages)
+        pinned = None if route is None else Route(self._seat(route.prefill).worker, self._seat(route.decode).worker)
+        if len(self._ledger) >= self._max_outstanding:
+            self._ledger.counts["refused"] += 1
+            raise Overloaded(self._retry_after_s())
         now = self._clock.now()
-        request_id = uuid4().hex
         if params.seed is None and not params.greedy:
             params = msgspec.structs.replace(params, seed=uuid4().int >> 65)
-        route = self._router.route(request_id, len(prompt), params.max_tokens)
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
         record = Record(
-            request_id=request_id,
+            request_id=uuid4().hex,
             index=index,
             prompt_len=len(prompt),
             max_tokens=params.max_tokens,
             arm=self.deployment.name,
-            prefill_worker=route.prefill,
-            decode_worker=route.decode,
             scheduled_at=now if scheduled_at is None else scheduled_at,
             sent_at=now,
         )
-        self._live[request_id] = _Live(record, route)
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
-        elsewhere = None if route.prefill == route.decode else route.decode
-        submit = m.Submit(
-            request_id, list(prompt), len(prompt), params, sorted(stop_ids), self._clock.now(), attempt=0, decode_on=elsewhere
-        )
-        self._mailbox.send(route.prefill, submit)
-        return request_id
+        live = Live(record, list(prompt), params, sorted(stop_ids), self._clock.now(), pinned)
+        self._ledger.open(live)
+        self._place(live)
+        return record.request_id
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Record | None:
         """End a request now; returns its Record, or None when it is over already. Its pages are freed behind us."""
-        live = self._live.pop(request_id, None)
+        live = self._ledger.close(request_id, reason)
         if live is None:
             return None
         self._router.ended(request_id)
-        for worker in {*live.route}:
-            self._mailbox.send(worker, m.Abort(request_id))
-        live.record.finish_reason = reason
+        for worker in {*(live.route or ())}:
+            self._send(worker, m.Abort(request_id))
         return live.record
 
     def poll(self, timeout_s: float) -> list[Update]:
         """What happened since the last call, after waiting up to `timeout_s` for the first news.
 
-        Raises WorkerLost when a worker process has died.
+        Raises WorkerLost when a worker process has died and nobody restarts it.
         """
-        updates: list[Update] = []
-        messages, readable = self._mailbox.receive(timeout_s)
+        updates, self._held_back = self._held_back, []
+        messages, readable = self._mailbox.receive(0.0 if updates else timeout_s)
         now = self._clock.now()
         for message in messages:
-            if isinstance(message, m.Progress):
-                self._progress(message, now, updates)
-            elif isinstance(message, m.AuditReport):
-                self._audits[message.worker] = message
-        if readable:
-            self._check_alive()
+            self._on_message(message, now, updates)
+        deaths = self._supervisor.check(readable)
+        if deaths:
+            self._mourn(deaths, updates)
+        for worker, silent in self._supervisor.silent().items():
+            self._router.set_silent(worker, silent)
+        for seat in self._supervisor.seats.values():
+            if seat.draining and not self._ledger.that_need(seat.worker):
+                self._send(seat.worker, m.Stop())
         return updates
 
     @property
     def num_live(self) -> int:
         """Requests that are not over."""
-        return len(self._live)
+        return len(self._ledger)
+
+    def workers(self) -> list[WorkerStatus]:
+        """Every worker of the deployment, dead or alive."""
+        seats = self._supervisor.seats
+        return [
+            WorkerStatus(name, seat.worker, seat.config.spec.role, seat.up, seat.process)
+            for name, seat in seats.items()
+        ]
+
+    def set_role(self, name: str, role: Role) -> None:
+        """Give the worker `name` another role. Only routing changes: requests under way end where they are.
+
+        Raises InputError for an unknown name.
+        """
+        seat = self._seat(name, must_be_up=False)
+        seat.config = msgspec.structs.replace(seat.config, spec=msgspec.structs.replace(seat.config.spec, role=role))
+        self._router.set_role(seat.worker, role)
+
+    def drain(self, name: str) -> None:
+        """Let the worker `name` finish what needs it, then end it; supervised, its successor takes over."""
+        seat = self._seat(name)
+        seat.draining = True
+        self._router.remove(seat.worker)
+
+    def withhold(self, name: str, for_s: float) -> None:
+        """Fault injection: the worker `name` has no free page for `for_s` seconds."""
+        self._send(self._seat(name).worker, m.Withhold(for_s))
+
+    def counters(self) -> dict[str, int]:
+        """started == done + failed + aborted + live. `retried` requests needed a second attempt or more."""
+        return {**self._ledger.counts, "live": len(self._ledger), "restarts": self._supervisor.num_restarts}
 
     def audit(self, timeout_s: float = 5.0) -> list[m.AuditReport]:
-        """Where every page of every worker is. Only while no tokens are awaited: news that arrives meanwhile is lost.
+        """Where every page of every worker is. Tokens that come meanwhile are kept for the next `poll`.
 
         Raises WorkerLost when a worker does not answer.
         """
         self._audits.clear()
         self._serial += 1
-        for process in self._processes:
-            self._mailbox.send(process.config.worker, m.Audit(self._serial))
+        asked = self._supervisor.up
+        for worker in asked:
+            self._send(worker, m.Audit(self._serial))
         until = self._clock.now() + timeout_s
-        while len(self._audits) < len(self._processes):
+        while missing := [worker for worker in asked if worker in self._supervisor.up and worker not in self._audits]:
             if self._clock.now() > until:
-                raise WorkerLost(f"Only {len(self._audits)} of {len(self._processes)} workers answered an audit.")
-            self.poll(0.1)
-        return [self._audits[process.config.worker] for process in self._processes]
+                raise WorkerLost(f"{', '.join(missing)} did not answer an audit within {timeout_s:g} s.")
+            kept, self._held_back = self._held_back, []
+            self._held_back = kept + self.poll(0.1)
+        return [self._audits[worker] for worker in asked if worker in self._audits]
 
     def close(self) -> None:
         """Stop the workers and remove every trace. May be called twice."""
-        for process in self._processes:
-            self._mailbox.send(process.config.worker, m.Stop())
-        for process in self._processes:
-            process.close()
-        self._processes.clear()
+        self._supervisor.close()
         if self._folder.exists():
             self._mailbox.close()
             remove_folder(self._folder)
 
-    def _start(self, lease_s: float, max_wait_s: float, progress: Callable[[str], None]) -> None:
-        for spec in self.deployment.workers:
-            config = WorkerConfig(spec, 0, self.engine, str(self._folder), self.num_pages, lease_s, max_wait_s)
-            process = Process(config)
-            self._processes.append(process)
-            self._mailbox.watch(process.exit_fd)
-        until = self._clock.now() + _START_S
-        waiting = {process.config.worker for process in self._processes}
-        while waiting:
-            progress(f"{self.deployment.name}: waiting for {', '.join(sorted(waiting))}")
-            messages, _ = self._mailbox.receive(_TURN_S)
-            for message in messages:
-                if isinstance(message, m.StartFailed):
-                    raise (InputError if message.input_error else DisaggError)(message.reason)
-                if isinstance(message, m.Hello):
-                    waiting.discard(message.worker)
-            self._check_alive()
-            if self._clock.now() > until:
-                raise WorkerLost(f"Worker {min(waiting)} was not ready after {_START_S:g} s.")
+    # Sending
 
-    def _check_alive(self) -> None:
-        for process in self._processes:
-            if not process.alive:
-                raise WorkerLost(process.obituary())
+    def _send(self, worker: str, message: m.Message) -> None:
+        """To a worker that lives; what a dead one should have done is done for it."""
+        if self._supervisor.seat_of(worker) is not None:
+            self._mailbox.send(worker, message)
 
-    def _validate(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        max_len, vocab_size = self.engine.max_len, self.info.spec.vocab_size
-        assert max_len is not None
-        if not 1 <= len(prompt) < max_len:
-            raise RequestError(
-                f"The prompt has {len(prompt)} tokens and the context {max_len}: give it 1 to {max_len - 1}."
-            )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise RequestError(f"Token ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
-        room = self.num_pages * self.engine.page_size
-        needed = min(len(prompt) + params.max_tokens, max_len)
-        if needed > room:
-            raise RequestError(
-                f"Prompt and output may need {needed} tokens of KV cache and a worker has {room}: "
-                "raise --kv-memory, or shorten the prompt or the output."
-            )
+    def _place(self, live: Live) -> None:
+        """Send the request's present attempt, now or when there is a worker."""
+        record, num_known = live.record, len(live.record.tokens)
+        prompt_len, owed = len(live.prompt) + num_known, live.params.max_tokens - num_known
+        live.route = self._router.route(record.request_id, prompt_len, owed, live.pinned)
+        if live.route is None:
+            self._parked.append(record.request_id)
+            return
+        record.prefill_worker, record.decode_worker = live.route
+        self._mailbox.send(live.route.prefill, live.submit())
+
+    def _retry(self, request_id: str, reason: str, updates: list[Update]) -> None:
+        """Call off what is left of this attempt and start the next, if there is anything left to compute."""
+        live = self._ledger[request_id]
+        for worker in {*(live.route or ())}:
+            self._send(worker, m.Abort(request_id, live.attempt))
+        self._router.ended(request_id)
+        assert self.engine.max_len is not None
+        if (finish := live.reason_to_end(self.engine.max_len)) is not None:
+            self._end(request_id, finish, "", updates)
+        elif live.attempt + 1 >= MOST_ATTEMPTS:
+            error = f"Given up after {MOST_ATTEMPTS} attempts; the last one failed because {reason}"
+            self._end(request_id, FinishReason.ERROR, error, updates)
+        else:
+            self._ledger.counts["retried"] += live.attempt == 0
+            live.next_attempt()
+            self._place(live)
+
+    def _end(self, request_id: str, reason: FinishReason, error: str, updates: list[Update]) -> None:
+        live = self._ledger.close(request_id, reason, error)
+        assert live is not None
+        updates.append(Update(request_id, [], [], live.record))
+
+    # Receiving
+
+    def _on_message(self, message: Any, now: float, updates: list[Update]) -> None:
+        if isinstance(message, m.Progress):
+            self._progress(message, now, updates)
+        elif isinstance(message, m.Hello):
+            self._welcome(message.worker)
+        elif isinstance(message, m.Heartbeat):
+            self._supervisor.heard(message.worker)
+        elif isinstance(message, m.Draining):
+            self._supervisor.heard(message.worker)
+            if self._supervisor.seat_of(message.worker) is not None:
+                self.drain(message.worker.rpartition(".")[0])
+        elif isinstance(message, m.AuditReport) and message.serial == self._serial:
+            self._audits[message.worker] = message
 
     def _progress(self, message: m.Progress, now: float, updates: list[Update]) -> None:
-        fresh: dict[str, list[m.NewToken]] = {}
-        for token in message.tokens:
-            live = self._live.get(token.id)
-            if live is None:
-                continue
-            if token.facts is not None:
-                live.record.merge(token.facts)
-                live.told.add(token.facts.worker)
-            live.early[token.index] = token
-            while (ready := live.early.pop(len(live.record.token_at), None)) is not None:
-                if not live.record.token_at:
-                    self._router.prefilled(token.id)
-                live.record.token_at.append(now)
-                live.record.tokens.append(ready.token)
-                fresh.setdefault(token.id, []).append(ready)
-        over = [ended.id for ended in message.ended if self._note_end(ended)]
-        for request_id in {**fresh, **dict.fromkeys(over)}:
-            record = self._finish(request_id)
-            news = fresh.get(request_id, [])
-            if news or record is not None:
-                updates.append(Update(request_id, [t.token for t in news], [t.logprobs for t in news], record))
+        news = self._ledger.take(message, now)
+        for request_id in news.prefilled:
+            self._router.prefilled(request_id)
+        for update in news.updates:
+            if update.record is not None:
+                self._router.ended(update.request_id)
+                gap_s, self._last_end_at = now - self._last_end_at, now
+                self._end_gap_s += 0.1 * (min(gap_s, _LONGEST_RETRY_AFTER_S) - self._end_gap_s)
+        updates += news.updates
+        for request_id, reason in news.retry:
+            self._retry(request_id, reason, updates)
 
-    def _note_end(self, ended: m.Ended) -> bool:
-        live = self._live.get(ended.id)
-        if live is None:
-            return False
-        live.record.merge(ended.facts)
-        live.told.add(ended.facts.worker)
-        live.ended = ended
-        return True
+    def _welcome(self, worker: str) -> None:
+        """A restarted worker is ready."""
+        seat = self._supervisor.hello(worker)
+        if seat is not None:
+            self._router.add(WorkerView(worker, seat.config.spec.role))
+            parked, self._parked = self._parked, []
+            for request_id in parked:
+                if request_id in self._ledger:
+                    self._place(self._ledger[request_id])
 
-    def _finish(self, request_id: str) -> Record | None:
-        """The Record, if all that will come has come."""
-        live = self._live[request_id]
-        ended, record = live.ended, live.record
-        if ended is None:
-            return None
-        failed = ended.reason == FinishReason.ERROR
-        if not failed and (len(record.token_at) < ended.num_output or live.route.prefill not in live.told):
-            return None
-        record.finish_reason, record.error = ended.reason, ended.error
-        record.output_len = len(record.token_at)
-        del self._live[request_id]
-        self._router.ended(request_id)
-        return record
+    def _mourn(self, deaths: list[Death], updates: list[Update]) -> None:
+        """Tell those who are left, then send again what needed the dead."""
+        for death in deaths:
+            self._router.remove(death.worker)
+            for worker in self._supervisor.up:
+                self._mailbox.send(worker, m.Lost(death.worker))
+        for worker, reason in deaths:
+            for request_id in self._ledger.that_need(worker):
+                self._retry(request_id, reason, updates)
 
+    def _seat(self, name: str, must_be_up: bool = True) -> Seat:
+        seat = self._supervisor.seats.get(name)
+        if seat is None:
+            names = list(self._supervisor.seats)
+            near = difflib.get_close_matches(name, names, 1)
+            raise InputError(f"No worker {name!r}. " + (f"Did you mean {near[0]}?" if near else ", ".join(names) + "."))
+        if must_be_up and not seat.up:
+            raise InputError(f"Worker {name} is not up at the moment: try again.")
+        return seat
 
-def _resolved(engine: EngineSpec, model_max_len: int) -> EngineSpec:
-    """The spec with the context length decided. Raises InputError when it is beyond the model's."""
-    max_len = engine.max_len or model_max_len
-    if max_len > model_max_len:
-        raise InputError(f"max_len {max_len} is beyond the model's context of {model_max_len} tokens.")
-    return msgspec.structs.replace(engine, max_len=max_len)
-
-
-def _pages_per_worker(engine: EngineSpec, spec: ModelSpec, num_workers: int) -> int:
-    """An even split of the KV memory. Raises InputError when it is not enough for a single page each."""
-    page_bytes = spec.kv_bytes_per_token(KV_DTYPE) * engine.page_size
-    num_pages = engine.kv_bytes // num_workers // page_bytes
-    if num_pages < 2:
-        raise InputError(
-            f"{engine.kv_bytes / 2**20:.0f} MiB of KV memory over {num_workers} worker(s) holds {num_pages} page(s) of "
-            f"{page_bytes / 2**20:.1f} MiB each: raise --kv-memory."
-        )
-    return num_pages
+    def _retry_after_s(self) -> float:
+        """When a place should be free: the usual time between two ends."""
+        return min(max(self._end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S)

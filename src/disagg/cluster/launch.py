@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _FORK_S = 10.0  # how long a template may take to fork; it takes some millisecon
 
 
 class Process:
-    """One worker process. `code` waits for its end and tells its exit code; None when nobody knows it."""
+    """One worker process. `code` waits for its end and tells its exit code, once; None when nobody knows it."""
 
     def __init__(
         self, config: WorkerConfig, pid: int, code: Callable[[], int | None], leave: Callable[[], None]
@@ -40,7 +41,7 @@ class Process:
         self.pid = pid
         self.log = _log(config)
         self.exit_fd = os.pidfd_open(pid)  # readable when the process has ended
-        self._code = code
+        self._ask_code = code
         self._leave = leave
 
     @property
@@ -48,29 +49,32 @@ class Process:
         """Whether the process has not ended."""
         return not _readable(self.exit_fd, 0)
 
-    def signal(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Send a signal to this process and to no other that may have its number by now."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.exit_fd, number)
 
+    @cached_property
+    def _code(self) -> int | None:
+        return self._ask_code()
+
     def obituary(self) -> str:
         """How it ended, in words, with the last line it wrote."""
-        code = self._code()
+        code = self._code
         if code is None:
             how = "ended"
         else:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        said = f"; its last words: {lines[-1].strip()}" if lines and code is not None and code > 0 else ""
+        said = _last_words(self.log) if code is not None and code > 0 else ""
         return f"Worker {self.config.worker} (pid {self.pid}) {how}{said}."
 
     def close(self, patience_s: float = _STOP_S) -> None:
         """Let it leave, wait, kill it if it does not, and forget it."""
         self._leave()
         if not _readable(self.exit_fd, patience_s):
-            self.signal(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
             _readable(self.exit_fd, _STOP_S)
-        self._code()
+        _ = self._code  # a child that nobody asks for stays in the table of processes
         os.close(self.exit_fd)
 
 
@@ -103,7 +107,8 @@ class Template:
 
     def __init__(self, engine: EngineSpec, folder: Path) -> None:
         alive_fd, self._keep_fd = os.pipe()
-        with (folder / "template.log").open("wb") as log:
+        self._log = folder / "template.log"
+        with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", "disagg.cluster.template", str(alive_fd)],
                 stdin=subprocess.PIPE,
@@ -164,7 +169,7 @@ class Template:
             self._popen.stdin.write(msgspec.json.encode(line) + b"\n")
             self._popen.stdin.flush()
         except BrokenPipeError:
-            raise WorkerLost("The template of the workers has ended.") from None
+            raise WorkerLost(f"The process that starts workers has ended{_last_words(self._log)}.") from None
 
     def _read_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         assert self._popen.stdout is not None
@@ -173,7 +178,7 @@ class Template:
         while not condition() and _readable(fd, max(0.0, until - self._clock.now())):
             data = os.read(fd, 1 << 16)
             if not data:
-                raise WorkerLost("The template of the workers has ended.")
+                raise WorkerLost(f"The process that starts workers has ended{_last_words(self._log)}.")
             *lines, self._buffer = (self._buffer + data).split(b"\n")
             for line in lines:
                 self._note(msgspec.json.decode(line, type=t.News))
@@ -201,6 +206,11 @@ def remove_folder(folder: Path) -> None:
 
 def _log(config: WorkerConfig) -> Path:
     return Path(config.folder) / f"{config.worker}.log"
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return f"; its last words: {lines[-1].strip()}" if lines else ""
 
 
 def _environment(num_threads: int) -> dict[str, str]:

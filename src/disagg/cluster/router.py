@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from disagg.config import Role
-from disagg.errors import InputError
 
 
 @dataclass(slots=True)
@@ -108,16 +107,9 @@ class Router:
             view.silent = silent
 
     def route(self, request_id: str, prompt_len: int, max_tokens: int, pinned: Route | None = None) -> Route | None:
-        """Pick workers, unless they are `pinned`, and book the work. None: there is no worker at the moment.
-
-        Raises InputError when a pinned worker is not there.
-        """
+        """Pick workers, unless they are `pinned`, and book the work. None: there is no worker at the moment."""
         workers = self.workers
-        if pinned is not None:
-            for name in pinned:
-                if name not in self._workers:
-                    raise InputError(f"No worker {name}: choose among {', '.join(self._workers) or 'none'}.")
-        elif not workers:
+        if not workers:
             return None
         heard = [view for view in workers if not view.silent] or workers
         route = pinned or self._policy.pick(prompt_len, max_tokens, heard)

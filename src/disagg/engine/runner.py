@@ -7,9 +7,9 @@ import torch
 
 from disagg.cache.storage import KVStorage
 from disagg.engine.batch import Batch, Chunk, Output
+from disagg.engine.sampler import sample
 from disagg.model.load import Loaded
 from disagg.model.ops import Step
-from disagg.engine.sampler import sample
 from disagg.request import Request, SamplingParams
 
 

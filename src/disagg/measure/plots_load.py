@@ -1,6 +1,7 @@
 """Figures of the concurrent phase: distributions, latency against rate, and what the first two tokens waited for."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from disagg.measure.stats import Interval, mean_interval
 from disagg.record import TTFT_PARTS, Record
 
 SECOND_TOKEN = ("handoff_wait", "handoff_copy", "admission")
-_LINES = {"p50": "-", "p99": "--", "": "-"}
+_LINES: dict[str, Any] = {"p50": "-", "p99": "--", "": "-"}
 _MARKERS = {"p50": "o", "p99": "s", "": "o"}
 Measure = Callable[[Sequence[Record]], float | None]
 
@@ -167,9 +168,10 @@ def draw_waits(scene: Scene) -> Figure | None:
     first.invert_yaxis()
     first.tick_params(axis="y", length=0)
     second.tick_params(axis="y", length=0)
-    for axes, side, columns in ((first, "left", 3), (second, "right", 2)):
+    sides: Any = ("outside lower left", "outside lower right")
+    for axes, side, columns in zip((first, second), sides, (3, 2), strict=True):
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc=f"outside lower {side}", ncols=columns, handlelength=1.2, fontsize=9)
+        figure.legend(handles, labels, loc=side, ncols=columns, handlelength=1.2, fontsize=9)
     first.set(title=words("plot.first_token"), xlabel=words("axis.mean_ms"))
     second.set(title=words("plot.second_token"), xlabel=words("axis.mean_ms"))
     if second.get_xlim()[1] < 1e-6 or not any(bar.get_width() for bar in second.patches):

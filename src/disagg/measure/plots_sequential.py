@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from disagg.measure import metrics
 from disagg.measure.plots_scene import PARTS, WIDTH, Scene, legend_above
@@ -33,7 +35,7 @@ def draw_sequential(scene: Scene) -> Figure | None:
         index, prompt, output, total = (np.array(column) for column in zip(*rows, strict=True))
         size = max(3.5, 6.5 - 1.5 * place)  # the arms nearly coincide here: the first ones look out from below
         marker = _MARKERS[place % len(_MARKERS)]
-        look = {"color": scene.colours[arm], "marker": marker, "markersize": size, "markeredgewidth": 0}
+        look: dict[str, Any] = {"color": scene.colours[arm], "marker": marker, "markersize": size, "markeredgewidth": 0}
         per_request.plot(index + 1, total * 1e3, label=arm, linewidth=1.2, **look)
         cumulative.plot(index + 1, np.cumsum(total), **look)
         for axes, length in ((over_prompt, prompt), (over_output, output)):
@@ -48,7 +50,7 @@ def draw_sequential(scene: Scene) -> Figure | None:
     for axes in (per_request, cumulative, over_prompt):
         axes.set_ylim(bottom=0)
     for axes in (per_request, cumulative):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, per_request)
     return figure
 

@@ -88,7 +88,7 @@ def _busy_before(moments: Floats, starts: Floats, ends: Floats) -> Floats:
     corners = np.stack((starts, ends), axis=1).ravel()
     total = np.concatenate(([0.0], np.cumsum(ends - starts)))
     busy = np.stack((total[:-1], total[1:]), axis=1).ravel()
-    return np.interp(moments, corners, busy)
+    return np.asarray(np.interp(moments, corners, busy))
 
 
 def find_stretch(scene: Scene) -> Stretch | None:
@@ -154,7 +154,7 @@ class _EvenTicks(MaxNLocator):
         super().__init__(nbins=8)
         self._start_s = start_s
 
-    def tick_values(self, vmin: float, vmax: float) -> Floats:
+    def tick_values(self, vmin: float, vmax: float) -> Floats:  # type: ignore[override]
         return np.asarray(super().tick_values(vmin - self._start_s, vmax - self._start_s)) + self._start_s
 
 
@@ -219,7 +219,8 @@ def _draw_arm(axes: Axes, run: Sequence[Record], names: list[str], stretch: Stre
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    if not axes.get_subplotspec().is_last_row():
+    place = axes.get_subplotspec()
+    if place is not None and not place.is_last_row():
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="x", length=0)
 

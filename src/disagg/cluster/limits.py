@@ -1,0 +1,52 @@
+"""What a deployment can hold, decided once, and which requests could never be served by it."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from disagg.cluster.worker import KV_DTYPE
+from disagg.config import EngineSpec
+from disagg.errors import InputError, RequestError
+from disagg.model.spec import ModelSpec
+from disagg.request import SamplingParams
+
+
+def resolved(engine: EngineSpec, model_max_len: int) -> EngineSpec:
+    """The spec with the context length decided. Raises InputError when it is beyond the model's."""
+    max_len = engine.max_len or model_max_len
+    if max_len > model_max_len:
+        raise InputError(f"max_len {max_len} is beyond the model's context of {model_max_len} tokens.")
+    return msgspec.structs.replace(engine, max_len=max_len)
+
+
+def pages_per_worker(engine: EngineSpec, spec: ModelSpec, num_workers: int) -> int:
+    """An even split of the KV memory. Raises InputError when it is not enough for a single page each."""
+    page_bytes = spec.kv_bytes_per_token(KV_DTYPE) * engine.page_size
+    num_pages = engine.kv_bytes // num_workers // page_bytes
+    if num_pages < 2:
+        raise InputError(
+            f"{engine.kv_bytes / 2**20:.0f} MiB of KV memory over {num_workers} worker(s) holds {num_pages} page(s) of "
+            f"{page_bytes / 2**20:.1f} MiB each: raise --kv-memory."
+        )
+    return num_pages
+
+
+def validate(
+    prompt: Sequence[int], params: SamplingParams, engine: EngineSpec, vocab_size: int, num_pages: int
+) -> None:
+    """Raise RequestError for a request that no worker could ever serve."""
+    max_len = engine.max_len
+    assert max_len is not None
+    if not 1 <= len(prompt) < max_len:
+        raise RequestError(
+            f"The prompt has {len(prompt)} tokens and the context {max_len}: give it 1 to {max_len - 1}."
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise RequestError(f"Token ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
+    room = num_pages * engine.page_size
+    needed = min(len(prompt) + params.max_tokens, max_len)
+    if needed > room:
+        raise RequestError(
+            f"Prompt and output may need {needed} tokens of KV cache and a worker has {room}: "
+            "raise --kv-memory, or shorten the prompt or the output."
+        )

@@ -1,0 +1,565 @@
+"""The failure scenarios of the field (docs/handoff.md has the table), each the smallest history that shows it.
+
+`World.drain` ends every one of them the same way: each request has one outcome and right tokens, both pools are at
+baseline. What is asserted here is what is special.
+"""
+
+import msgspec
+import pytest
+from handoff_world import LAYOUT, LEASE_S, MAX_WAIT_S, World, fault_free
+
+from disagg.cluster import messages as m
+from disagg.cluster.conserve import conserve
+from disagg.errors import InvariantError
+
+PROMPT = [(7 * i + 3) % 251 for i in range(14)]  # three full pages and a half; three chunks of at most six positions
+
+
+def states(world):
+    """What both sides say of their hand-offs."""
+    given = [held.state for held in world.sim("P").giving.held()]
+    taken = [held.state for held in world.sim("D").taking.held()] if "D.0" in world.live else []
+    return given, taken
+
+
+def states_of(sim):
+    return [one.state for one in sim.taking.held()]
+
+
+def held(without="copies", **options):
+    """A world in which P.0 has prefilled the prompt and D.0 has announced pages and a copy that makes no progress."""
+    world = World(**options)
+    world.submit(PROMPT, 4)
+    world.calm(6, without)
+    assert states(world)[0] == ["holding"]
+    return world
+
+
+def outcome(world):
+    world.drain()
+    (ask,) = world.asks.values()
+    return ask.outcome, ask.attempt
+
+
+def test_scenario_01_d_dies_before_it_reads():
+    """The front end sends the request again; P's pages come back as soon as the death is known."""
+    world = held(without="P>D")
+    world.kill("D.0")
+    world.notice("D.0")
+    world.calm(1)
+    assert world.sim("P").giving.held() == []
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_02_d_dies_in_the_middle_of_a_copy():
+    """A reader that died reads no more: P's pages come back, the request is sent again."""
+    world = held()
+    world.sim("D").wire.advance(0, 1)
+    world.kill("D.0")
+    world.restart("D")
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_03_p_dies_after_announcing_all_before_the_read():
+    """The memory of a dead worker stays mapped, so D may read it still: within its lease the copy counts."""
+    world = held()
+    world.hear_all()
+    world.kill("P.0")
+    decode = world.sim("D")
+    decode.receive(m.Lost("P.0"))
+    assert states_of(decode) == ["filling"]
+    while decode.wire.flights:
+        decode.wire.advance(0)
+    decode.turn()
+    assert decode.taking.counts["done"] == 1
+    assert decode.wire.mapped == {}  # and now it is unmapped
+    world.drain()
+
+
+def test_scenario_04_p_dies_in_the_middle_of_a_copy():
+    """The copy fails, the first token is known: D computes the prompt anew and no token is repeated."""
+    world = held()
+    world.kill("P.0")
+    decode = world.sim("D")
+    decode.receive(m.Lost("P.0"))
+    while decode.wire.flights:
+        decode.wire.advance(0, error="remote disconnected")
+    decode.turn()
+    assert "r0" in decode.jobs
+    assert decode.taking.counts["failed"] == 1
+    world.drain()
+
+
+def test_scenario_04_p_dies_while_it_still_prefills():
+    """Neither pages nor first token will come: D frees its reservation and says so; the request is sent again."""
+    world = World()
+    world.submit(PROMPT, 4)
+    world.calm(2)
+    assert states(world) == (["sending"], ["filling"])
+    world.kill("P.0")
+    world.notice("P.0")
+    world.calm(1)
+    assert world.sim("D").taking.held() == []
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_05_an_old_epoch_is_not_believed():
+    """P.1 came after P.0: what D says about P.0's hand-offs, and what P.0 had still sent, changes nothing."""
+    world = held(without="P>D")
+    late = list(world.links[("P.0", "D.0")])
+    world.restart("P")
+    world.calm(3)
+    before = world.sim("D").taking.held()
+    for message in late:
+        world.sim("D").receive(message)
+    assert world.sim("D").taking.held() == before
+    world.sim("P").receive(m.PullDone("D.9", "r0/1"))
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_06_abort_while_queued_on_p():
+    """A request that has not begun was never offered: nothing to call off on D."""
+    world = World(max_running=1)
+    world.submit(PROMPT, 4)
+    second = world.submit(PROMPT[:5], 4)
+    world.calm(1)
+    world.abort(second)
+    world.drain()
+    assert world.asks[second].outcome == "abort"
+    assert world.sim("D").taking.counts["started"] == 1
+
+
+def test_scenario_07_abort_during_prefill_with_chunks_sent():
+    """P keeps what it announced until D says that no copy reads it any more."""
+    world = World()
+    request = world.submit(PROMPT, 4)
+    world.calm(2, "copies")
+    world.abort(request)
+    world.calm(3, "copies")
+    assert states(world) == (["quiescing"], ["quiescing"])
+    assert world.sim("P").pool.counts().held > 0
+    world.calm(2)
+    assert world.sim("P").at_baseline
+    assert outcome(world) == ("abort", 0)
+
+
+def test_scenario_08_the_abort_overtakes_the_offer():
+    """D remembers the abort: an Offer that comes after it is not taken."""
+    world = World()
+    request = world.submit(PROMPT, 4)
+    world.calm(1, "P>D")
+    world.abort(request)
+    world.deliver_front("D.0")
+    while ("P.0", "D.0") in world.links:
+        world.deliver(("P.0", "D.0"))
+    assert world.sim("D").taking.held() == []
+    assert outcome(world) == ("abort", 0)
+
+
+def test_scenario_09_abort_while_d_waits_and_p_never_answers():
+    """Both sides let go by themselves: D at once, P when its lease is over."""
+    world = World()
+    request = world.submit(PROMPT, 4)
+    world.calm(1)
+    world.abort(request)
+    world.deliver_front("D.0")
+    assert world.sim("D").taking.held() == []
+    world.links.clear()  # its Dropped is lost, and so is everything else
+    world.deliver_front("P.0")
+    world.links.clear()
+    world.clock.advance(2 * LEASE_S)
+    world.sim("P").turn()
+    assert world.sim("P").at_baseline
+    assert outcome(world) == ("abort", 0)
+
+
+def test_scenario_10_a_late_write_never_lands_in_another_requests_pages():
+    """Aborted while a copy is in flight: D's pages are given to nobody until it has ended."""
+    world = held(pages=8)
+    world.abort("r0")
+    world.calm(1, "copies")
+    assert states(world)[1] == ["quiescing"]
+    reserved = set(world.sim("D").taking.held()[0].pages)
+    other = world.submit(PROMPT[::-1], 4)
+    world.calm(4, "copies")
+    assert all(not reserved & {*holder.pages} for holder in world.sim("D").taking.held()[1:])
+    world.drain()
+    assert world.asks[other].outcome == "length"
+
+
+def test_scenario_11_d_rejects_before_admission():
+    """The pool of D can never hold the prompt: refused at once with a sentence; P decodes it itself."""
+    world = World()
+    world.restart("D", pages=2)
+    world.submit(PROMPT, 4)
+    world.calm(3)
+    assert world.sim("P").giving.held() == []
+    assert outcome(world) == ("length", 0)
+
+
+def test_scenario_12_p_refuses_while_d_would_wait():
+    """What P cannot serve ends there with an error before D hears of it."""
+    world = World(max_len=10)
+    world.submit(PROMPT, 4)
+    assert outcome(world) == ("error", 0)
+    assert world.sim("D").taking.counts["started"] == 0
+
+
+def test_scenario_13_the_offer_never_arrives():
+    """P does not wait for its destination: it prefills, and when the lease is over the request is sent again."""
+    world = held(without="P>D")
+    world.drop(("P.0", "D.0"), 0)
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_14_a_lease_that_ends_while_d_is_stalled():
+    """P has given the pages to others: what D copied too late is thrown away, and P's Cancel need not have come."""
+    world = held()
+    world.clock.advance(2 * LEASE_S)
+    world.sim("P").turn()
+    assert world.sim("P").at_baseline
+    for page in world.sim("P").memory:
+        page[:] = b"zzzz"
+    decode = world.sim("D")
+    while decode.wire.flights:
+        decode.wire.advance(0)
+    decode.turn()
+    assert decode.taking.counts["expired"] == 1
+    assert decode.taking.counts["done"] == 0
+    world.drain()
+
+
+def test_scenario_14_copied_in_time_but_noticed_too_late():
+    """D copied within its lease and was stopped until after it: it may not adopt, for P has let the request go."""
+    world = held()
+    decode = world.sim("D")
+    while decode.wire.flights:
+        decode.wire.advance(0)
+    world.clock.advance(LEASE_S)
+    decode.turn()
+    assert decode.taking.counts["done"] == 0
+    world.drain()
+
+
+def test_scenario_15_renewals_lost_and_clocks_apart():
+    """Leases are durations: hosts whose clocks differ by 1000 s hand over, and one Renew in three is enough."""
+    world = held(skewed=True)
+    for _ in range(3):
+        for _ in range(2):
+            world.clock.advance(LEASE_S / 4)
+            world.sim("D").turn()
+            world.links.clear()
+        world.clock.advance(LEASE_S / 4)
+        world.calm(3, "copies")
+    assert states(world) == (["holding"], ["filling"])
+    assert outcome(world) == ("length", 0)
+
+
+def test_scenario_15_a_foreign_clock_proves_nothing():
+    """Without a shared clock D does not adopt before P answered a Renew, however fast the copy was."""
+    world = World(skewed=True)
+    world.submit(PROMPT, 4)
+    world.calm(6, "D>P")
+    assert states(world) == (["holding"], ["filling"])
+    assert not world.sim("D").wire.flights
+    assert outcome(world) == ("length", 0)
+
+
+def test_scenario_16_abort_storms():
+    """Hundreds cancelled at once, again and again: the pools recover every time."""
+    world = World(names=("P", "D"), pages=12)
+    for turn in range(10):
+        ids = [world.submit(PROMPT[: 1 + i % 14], 4) for i in range(30)]
+        world.calm(turn % 5)
+        for request in ids:
+            world.abort(request)
+        world.calm(8)
+        assert all(sim.at_baseline for sim in world.live.values())
+    world.drain()
+
+
+def test_scenario_17_cleanup_runs_when_nothing_else_can():
+    """P's pool is full of pages for a D that is silent: leases end all the same and the next request runs."""
+    world = World(pages=5)
+    world.submit(PROMPT, 4)
+    second = world.submit(PROMPT[::-1], 4)
+    world.calm(6, "D")
+    assert world.asks[second].tokens == []
+    world.kill("D.0")
+    world.clock.advance(2 * LEASE_S)
+    world.sim("P").turn()
+    assert not world.sim("P").giving.held() or world.sim("P").giving.held()[0].handoff.startswith(second)
+    world.drain()
+    assert world.asks[second].outcome == "length"
+
+
+def test_scenario_18_d_without_room():
+    """P holds, D waits for room; after `max_wait_s` it refuses and P goes on from the pages it has."""
+    world = World()
+    full = world.sim("D").pool
+    taken = full.allocate(full.num_pages)
+    world.submit(PROMPT, 4)
+    world.calm(6)
+    assert states(world) == (["holding"], ["wait_pages"])
+    for _ in range(int(MAX_WAIT_S / LEASE_S * 4) + 1):
+        world.clock.advance(LEASE_S / 4)
+        world.calm(2)
+    assert states(world) == ([], [])
+    assert world.sim("P").giving.counts["failed"] == world.sim("D").taking.counts["failed"] == 1
+    full.release(taken)
+    assert outcome(world) == ("length", 0)
+
+
+def test_scenario_18_two_workers_full_of_each_others_prompts():
+    """P and D hand over to each other with pools full: both waits are bounded, so both go on."""
+    world = World(pages=5)
+    world.submit(PROMPT, 4)
+    world.submit(PROMPT[::-1], 4, prefill="D", decode="P")
+    world.calm(10)
+    world.drain()
+    assert {ask.outcome for ask in world.asks.values()} == {"length"}
+
+
+def test_scenario_19_no_staging_buffer_to_fill():
+    """Pages are reserved for the whole prompt before the first is copied: a half-filled request never waits for room."""
+    world = World(pages=6)
+    world.submit(PROMPT, 4)
+    world.submit(PROMPT[::-1], 4)
+    world.calm(3, "copies")
+    reserved = [len(one.pages) for one in world.sim("D").taking.held()]
+    assert all(count in (0, 4) for count in reserved)
+    world.drain()
+
+
+def test_scenario_21_source_pages_outlive_their_prefix_entry():
+    """P evicts all it can and other prompts want the room: announced pages stay until they are read."""
+    world = held(pages=6, prefix_caching=True)
+    world.abort("r0")
+    world.deliver_front("P.0")  # the request is gone, its pages are published, and only the hand-off keeps them
+    announced = set(world.sim("P").giving.held()[0].pages)
+    pool = world.sim("P").pool
+    taken = pool.allocate(pool.num_free)
+    assert not announced & set(taken)
+    pool.release(taken)
+    world.drain()
+
+
+def test_scenario_22_doubled_reordered_and_late_messages():
+    """Every message between the workers comes three times, newest first: nothing is taken twice, nothing is wrong."""
+    world = World()
+    seen = []
+    for number in range(6):
+        world.submit(PROMPT[: 3 + number], 4)
+        for _ in range(6):
+            world.calm(1, "P>D")
+            for link, messages in list(world.links.items()):
+                seen += [(link, message) for message in messages]
+                for message in reversed(messages):
+                    world.live[link[1]].receive(message)
+                world.links.pop(link, None)
+    for link, message in seen:
+        world.live[link[1]].receive(message)
+        world.check()
+    world.drain()
+    assert all(ask.outcome == "length" for ask in world.asks.values())
+
+
+@pytest.mark.parametrize("field", ["first_page", "pages", "first_token"])
+def test_scenario_22_a_chunk_that_does_not_fit_is_refused(field):
+    """A hole, a page too many, a first token too early: P keeps the request and the tokens are right."""
+    wrong = {"first_page": 2, "pages": [0] * 9, "first_token": 5}
+    world = World()
+    world.submit(PROMPT, 4)
+    world.calm(1, "P>D")
+    link = ("P.0", "D.0")
+    world.links[link] = [
+        msgspec.structs.replace(message, **{field: wrong[field]}) if isinstance(message, m.ChunkReady) else message
+        for message in world.links[link]
+    ]
+    world.calm(1)
+    assert world.sim("D").taking.counts["failed"] == 1
+    assert outcome(world) == ("length", 0)
+
+
+def test_scenario_22_a_lost_chunk_shows_in_the_next_renewal():
+    """The last chunk is lost: D learns from Renewed how many pages were announced, and gives the request back."""
+    world = World()
+    world.submit(PROMPT, 4)
+    world.calm(6, "P>D")
+    world.drop(("P.0", "D.0"), -1)
+    world.calm(1)
+    world.clock.advance(LEASE_S / 2)
+    world.calm(4)
+    assert world.sim("P").giving.counts["failed"] == 1
+    assert outcome(world) == ("length", 0)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 5])
+def test_scenario_23_the_offer_comes_before_and_after_the_prefill(rounds):
+    """D may hear of the request before the first chunk, between two, or when all are announced."""
+    world = World()
+    world.submit(PROMPT, 4)
+    world.calm(rounds, "P>D")
+    assert outcome(world) == ("length", 0)
+    assert world.sim("D").taking.counts["done"] == 1
+
+
+@pytest.mark.parametrize("first", ["P", "D"])
+def test_scenario_24_prefix_hits_on_either_side(first):
+    """Both prompts are cached on one side: a hit on P is announced like computed pages, D copies whatever it has."""
+    world = World(prefix_caching=True, pages=16)
+    world.submit(PROMPT, 4, prefill=first, decode=first)
+    world.drain()
+    world.submit(PROMPT, 4)
+    world.submit([*PROMPT[:8], 1, 2, 3], 4)
+    world.calm(2)
+    pool = world.sim("D").pool
+    pool.forget(range(pool.num_pages))  # the hit is evicted meanwhile
+    world.drain()
+    assert world.sim("D").taking.counts["done"] == 2
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 7, 8, 12, 13])
+def test_scenario_25_page_and_chunk_boundaries(length):
+    """Shorter than a page, exactly full pages, a partial last page, chunks that end inside a page."""
+    world = World()
+    world.submit(PROMPT[:length], 4)
+    assert outcome(world) == ("length", 0)
+    assert world.sim("D").taking.counts["done"] == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"page_size": 8}, {"dtype": "float16"}, {"model": "other"}, {"num_kv_heads": 2}, {"protocol": 1}]
+)
+def test_scenario_26_workers_that_differ(change):
+    """Nothing is copied between workers that differ; the sentence names what differs, and P decodes."""
+    world = World()
+    world.restart("D", layout=msgspec.structs.replace(LAYOUT, **change))
+    world.submit(PROMPT, 4)
+    world.calm(2, "D>P")
+    (refusal,) = [one for one in world.links[("D.1", "P.0")] if isinstance(one, m.Dropped)]
+    assert next(iter(change)) in refusal.refused
+    assert outcome(world) == ("length", 0)
+
+
+@pytest.mark.parametrize("ends", ["stop", "length"])
+def test_scenario_27_the_first_token_is_the_last(ends):
+    """End-of-sequence or max_tokens 1: chunks were announced, nothing is needed; both sides are free at once."""
+    world = World()
+    world.submit(PROMPT, 4 if ends == "stop" else 1, fault_free(PROMPT, 1) if ends == "stop" else ())
+    world.calm(6)
+    assert all(sim.at_baseline for sim in world.live.values())
+    assert outcome(world) == (ends, 0)
+    assert world.sim("D").taking.counts["done"] == 0
+
+
+def test_scenario_29_both_directions_at_once():
+    """A role is only routing: hand-offs from P to D and from D to P are in flight together."""
+    world = World(pages=16)
+    for number in range(4):
+        names = ("P", "D") if number % 2 else ("D", "P")
+        world.submit(PROMPT[: 6 + number], 4, (), *names)
+        world.calm(1, "copies")
+    world.drain()
+    assert {ask.attempt for ask in world.asks.values()} == {0}
+
+
+def test_scenario_30_a_partition_heals_after_both_gave_up():
+    """Both leases ended in silence: what then arrives of the old hand-off is ignored on both sides."""
+    world = held()
+    world.clock.advance(3 * LEASE_S)
+    for sim in world.live.values():
+        sim.turn()
+    assert world.sim("P").giving.held() == []
+    world.calm(1)
+    assert outcome(world)[0] == "length"
+
+
+def test_scenario_31_preempted_on_d_after_the_pages_came():
+    """D runs out of pages while decoding: the request is computed anew there, tokens as ever."""
+    world = World(pages=6)
+    world.submit(PROMPT[:6], 12)
+    world.submit(PROMPT[2:8], 12)
+    world.drain()
+    assert {ask.outcome for ask in world.asks.values()} == {"length"}
+
+
+def test_scenario_32_retried_elsewhere_while_the_first_d_still_reads():
+    """The next attempt is another hand-off; P keeps the old pages until the old reader has ended."""
+    world = World(names=("P", "D", "E"), pages=12)
+    world.submit(PROMPT, 4)
+    world.calm(6, "copies")
+    world.asks["r0"].route = ("P.0", "E.0")
+    world.to_worker["D.0"].append(m.Abort("r0", 0))
+    world.retry("r0")
+    world.calm(6, "copies")
+    assert [one.handoff for one in world.sim("P").giving.held()] == ["r0/0", "r0/1"]
+    assert states_of(world.sim("D")) == ["quiescing"]
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_32_the_next_attempt_comes_to_the_same_d():
+    """A later attempt ends the earlier one on D, also when it overtakes the front end's abort."""
+    world = held()
+    world.retry("r0")
+    while world.to_worker["P.0"]:
+        world.deliver_front("P.0")
+    aborts, world.to_worker["D.0"] = world.to_worker["D.0"], []
+    world.calm(6, "copies")
+    world.to_worker["D.0"] = aborts
+    assert states(world)[1] == ["quiescing", "filling"]
+    assert outcome(world) == ("length", 1)
+
+
+def test_scenario_34_damaged_pages_are_never_adopted():
+    """A wrong byte in one page: the checksum tells, the request goes on where its pages are right."""
+    world = held(checksum=True)
+    decode = world.sim("D")
+    decode.wire.advance(0, damage=True)
+    while decode.wire.flights:
+        decode.wire.advance(0)
+    decode.turn()
+    assert decode.taking.counts["failed"] == 1
+    assert outcome(world) == ("length", 0)
+
+
+def test_scenario_34_checksums_that_were_not_sent_count_as_damage():
+    """D checks and P does not: no page is taken unchecked."""
+    world = World(checksum=True)
+    world.sim("P").checked = False
+    world.submit(PROMPT, 4)
+    assert outcome(world) == ("length", 0)
+    assert world.sim("D").taking.counts["done"] == 0
+
+
+def test_the_conservation_rule_finds_a_lost_page():
+    """A page held by nobody that is listed, and one that is listed twice, are both found."""
+    sim = held().sim("P")
+    sim.check()
+    conserve(sim.scheduler, sim.giving.held(), sim.taking.held())
+    (page,) = sim.pool.allocate(1)
+    with pytest.raises(InvariantError):
+        conserve(sim.scheduler, sim.giving.held(), sim.taking.held())
+    assert conserve(sim.scheduler, sim.giving.held(), sim.taking.held(), [page]).holding == 5
+    with pytest.raises(InvariantError):
+        conserve(sim.scheduler, [*sim.giving.held()] * 2, sim.taking.held(), [page])
+
+
+def test_the_conservation_rule_counts_a_shared_page_once():
+    """Announced while the prompt is computed: held by the request and by the hand-off, counted as sending."""
+    world = World()
+    world.submit(PROMPT, 4)
+    world.calm(1)
+    sim = world.sim("P")
+    counts = conserve(sim.scheduler, sim.giving.held(), sim.taking.held())
+    assert (counts.sending, counts.running, sum(counts)) == (1, 3, sim.pool.num_pages)
+
+
+def test_tombstones_are_bounded():
+    """Ten thousand ended hand-offs are remembered, no more."""
+    side = World().sim("D").taking
+    for number in range(10_100):
+        side.abort(f"x{number}")
+        side.on_message(m.Cancel("P.0", f"x{number}/0", "late"))
+        side.worker_lost(f"Z.{number}")
+    assert len(side._aborted) == len(side._ended) == len(side._lost) == 10_000
