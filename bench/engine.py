@@ -157,15 +157,12 @@ def main() -> None:
         results[f"disagg {dtype}"] = measure(Ours(dtype), repeats)
     bounds = {"float32": limits(ceiling, 538_000_000), "float16": limits(ceiling, 269_000_000)}
     print(f"read {ceiling['read_gb_s']:.1f} GB/s, {ceiling['gflop_s']:.0f} GFLOP/s on {arguments.threads} thread(s)\n")
-    print(
-        f"{'tokens/s':18}"
-        + "".join(f"{name:>18}" for name in results)
-        + f"{'limit f32':>12}{'limit f16':>12}{'ratio':>8}"
-    )
+    heads = "".join(f"{name:>18}" for name in results)
+    print(f"{'tokens/s':18}{heads}{'limit f32':>12}{'limit f16':>12}{'f16/peer':>10}")
     for case, peer in results["transformers f32"].items():
         cells = "".join(f"{rates[case]:18.1f}" for rates in results.values())
         ratio = results["disagg float16"][case] / peer
-        print(f"{case:18}{cells}{bounds['float32'][case]:12.0f}{bounds['float16'][case]:12.0f}{ratio:7.2f}x")
+        print(f"{case:18}{cells}{bounds['float32'][case]:12.0f}{bounds['float16'][case]:12.0f}{ratio:9.2f}x")
     print(json.dumps({"benchmark": "engine", "threads": arguments.threads, **ceiling, "tokens_per_s": results,
                       "limits": bounds}))  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_every_test_states_its_rule():
     """A test without a docstring does not say what it guards."""
     silent = []
     for path in Path(__file__).parents[1].rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node):
-                silent.append(f"{path.name}::{node.name}")
+        tests = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        tests = [node for node in tests if node.name.startswith("test_")]
+        silent += [f"{path.name}::{node.name}" for node in tests if not ast.get_docstring(node)]
     assert silent == []

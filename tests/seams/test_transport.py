@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -172,5 +172,5 @@ def test_runs_say_the_same_in_fewer_words(pairs):
     merged = runs(theirs, ours)
 
     assert [(a + i, b + i) for a, b, n in merged for i in range(n)] == pairs
-    for (a, b, n), (c, d, _) in zip(merged, merged[1:], strict=False):
+    for (a, b, n), (c, d, _) in pairwise(merged):
         assert (a + n, b + n) != (c, d)
