@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from disagg.errors import HandshakeError
 from disagg.transfer.base import runs
+from disagg.transfer.checksum import page_checksums
 from disagg.transfer.inprocess import InProcessTransport
 from disagg.transfer.shm import SharedMemoryTransport
 
@@ -174,3 +175,39 @@ def test_runs_say_the_same_in_fewer_words(pairs):
     assert [(a + i, b + i) for a, b, n in merged for i in range(n)] == pairs
     for (a, b, n), (c, d, _) in pairwise(merged):
         assert (a + n, b + n) != (c, d)
+
+
+def test_checksums_follow_the_bytes(make):
+    """Equal pages have equal sums on both sides of a pull; one changed byte anywhere in a page changes its sum."""
+    source, target = make(4), make(4)
+    fill(source, 4)
+    target.connect(source.address())
+    theirs, ours = page_checksums(source.pages), page_checksums(target.pages)
+    sums = theirs([3, 0, 2])
+
+    target.pull(source.address(), [3, 0, 2], [1, 2, 0])
+    ended(target)
+
+    assert ours([1, 2, 0]) == sums
+    assert len(set(sums)) == 3
+    for position in (0, PAGE_BYTES // 2, PAGE_BYTES - 1):
+        target.pages[1, position] ^= 1
+        assert ours([1, 2, 0])[0] != sums[0]
+        target.pages[1, position] ^= 1
+    assert ours([]) == []
+
+
+def test_a_peer_can_be_mapped_again_after_it_was_forgotten(make):
+    """Disconnected and connected again, the same address works: tickets in between failed, none is lost."""
+    source, target = make(2), make(2)
+    fill(source, 5)
+    target.connect(source.address())
+    target.disconnect(source.address())
+    target.pull(source.address(), [0], [0])
+    assert ended(target)[0].error
+    target.connect(source.address())
+
+    target.pull(source.address(), [0], [1])
+
+    assert ended(target)[0].error == ""
+    assert (target.pages[1] == source.pages[0]).all()

@@ -12,7 +12,8 @@ shrink better, costs ten times more.
 import os
 
 import pytest
-from handoff_world import World, fault_free
+from handoff_sim import fault_free
+from handoff_world import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -89,6 +90,11 @@ class Ordinary:
         """The client goes away."""
         if asks := list(self.world.asks):
             self.world.abort(asks[-1 - a % len(asks)])
+            queues = [worker for worker in self.world.to_worker if worker in self.world.live]
+            if b % 3 and queues:  # one worker hears of it at once
+                worker = queues[b % len(queues)]
+                while self.world.to_worker[worker]:
+                    self.world.deliver_front(worker)
 
     def link(self, a):
         links = list(self.world.links)

@@ -6,7 +6,8 @@ baseline. What is asserted here is what is special.
 
 import msgspec
 import pytest
-from handoff_world import LAYOUT, LEASE_S, MAX_WAIT_S, World, fault_free
+from handoff_sim import LAYOUT, LEASE_S, MAX_WAIT_S, fault_free
+from handoff_world import World
 
 from disagg.cluster import messages as m
 from disagg.cluster.conserve import conserve
@@ -98,7 +99,7 @@ def test_scenario_04_p_dies_while_it_still_prefills():
     assert states(world) == (["sending"], ["filling"])
     world.kill("P.0")
     world.notice("P.0")
-    world.calm(1)
+    world.deliver_front("D.0")
     assert world.sim("D").taking.held() == []
     assert outcome(world) == ("length", 1)
 
@@ -113,8 +114,20 @@ def test_scenario_05_an_old_epoch_is_not_believed():
     for message in late:
         world.sim("D").receive(message)
     assert world.sim("D").taking.held() == before
-    world.sim("P").receive(m.PullDone("D.9", "r0/1"))
     assert outcome(world) == ("length", 1)
+
+
+def test_scenario_05_another_epoch_speaks_of_our_hand_off():
+    """The hand-off's name is right and the sender is not: neither side believes it."""
+    world = held()
+    for message in (m.PullDone("D.9", "r0/0"), m.Dropped("D.9", "r0/0"), m.Renew("D.9", 1, ["r0/0"])):
+        world.sim("P").receive(message)
+    for message in (m.Cancel("P.9", "r0/0", ""), m.ChunkReady("P.9", "r0/0", 7, [1]), m.Renewed("P.9", 1, [], [])):
+        world.sim("D").receive(message)
+    assert states(world) == (["holding"], ["filling"])
+    (answer,) = world.links.pop(("P.0", "D.9"))
+    assert answer.handoffs == []
+    assert outcome(world) == ("length", 0)
 
 
 def test_scenario_06_abort_while_queued_on_p():
@@ -153,6 +166,22 @@ def test_scenario_08_the_abort_overtakes_the_offer():
     while ("P.0", "D.0") in world.links:
         world.deliver(("P.0", "D.0"))
     assert world.sim("D").taking.held() == []
+    assert outcome(world) == ("abort", 0)
+
+
+def test_scenario_08_d_hears_of_the_abort_first():
+    """D drops a hand-off that P still prefills: P stops computing it, and its own Abort finds nothing left."""
+    world = World()
+    request = world.submit(PROMPT, 4)
+    world.calm(2)
+    assert states(world) == (["sending"], ["filling"])
+    world.abort(request)
+    world.deliver_front("D.0")
+    while ("D.0", "P.0") in world.links:
+        world.deliver(("D.0", "P.0"))
+    prefill = world.sim("P")
+    assert prefill.at_baseline
+    assert not prefill.turn()
     assert outcome(world) == ("abort", 0)
 
 
@@ -255,6 +284,20 @@ def test_scenario_15_renewals_lost_and_clocks_apart():
     assert outcome(world) == ("length", 0)
 
 
+def test_scenario_15_a_late_answer_counts_from_the_question():
+    """Renewed comes six seconds after its Renew: D's lease runs from when it asked, so P's ends later."""
+    world = held()
+    world.clock.advance(LEASE_S / 4)
+    world.sim("D").turn()
+    world.deliver(("D.0", "P.0"))
+    world.clock.advance(6.0)
+    world.deliver(("P.0", "D.0"))
+    mine, theirs = world.sim("D").taking.held()[0], world.sim("P").giving.held()[0]
+    assert mine.lease_s == pytest.approx(LEASE_S - 6.0)
+    assert theirs.lease_s > mine.lease_s
+    assert outcome(world) == ("length", 0)
+
+
 def test_scenario_15_a_foreign_clock_proves_nothing():
     """Without a shared clock D does not adopt before P answered a Renew, however fast the copy was."""
     world = World(skewed=True)
@@ -321,7 +364,7 @@ def test_scenario_18_two_workers_full_of_each_others_prompts():
 
 
 def test_scenario_19_no_staging_buffer_to_fill():
-    """Pages are reserved for the whole prompt before the first is copied: a half-filled request never waits for room."""
+    """Pages are reserved for the whole prompt before the first is copied: what is half filled never waits for room."""
     world = World(pages=6)
     world.submit(PROMPT, 4)
     world.submit(PROMPT[::-1], 4)
@@ -499,12 +542,13 @@ def test_scenario_32_retried_elsewhere_while_the_first_d_still_reads():
 
 
 def test_scenario_32_the_next_attempt_comes_to_the_same_d():
-    """A later attempt ends the earlier one on D, also when it overtakes the front end's abort."""
+    """A later attempt ends the earlier one on D, also when it overtakes the front end's Abort and P's Cancel."""
     world = held()
     world.retry("r0")
     while world.to_worker["P.0"]:
         world.deliver_front("P.0")
     aborts, world.to_worker["D.0"] = world.to_worker["D.0"], []
+    world.links[("P.0", "D.0")] = [one for one in world.links[("P.0", "D.0")] if not isinstance(one, m.Cancel)]
     world.calm(6, "copies")
     world.to_worker["D.0"] = aborts
     assert states(world)[1] == ["quiescing", "filling"]

@@ -14,6 +14,8 @@ import click
 from disagg.errors import DisaggError
 
 COMMANDS = {
+    "chaos": "disagg.cli.chaos:chaos",
+    "check": "disagg.cli.check:check",
     "compare": "disagg.cli.compare:compare",
     "generate": "disagg.cli.generate:generate",
     "report": "disagg.cli.report:report",

@@ -87,6 +87,7 @@ class Cluster:
         self._audits: dict[str, m.AuditReport] = {}
         self._serial = 0
         self._last_end_at = self._end_gap_s = 0.0
+        self._closed = False
         self._folder = make_folder()
         self._mailbox = Mailbox(self._folder, FRONT)
         template = Template(self.engine, self._folder) if supervise else None
@@ -242,8 +243,9 @@ class Cluster:
 
     def close(self) -> None:
         """Stop the workers and remove every trace. May be called twice."""
-        self._supervisor.close()
-        if self._folder.exists():
+        if not self._closed:
+            self._closed = True
+            self._supervisor.close()
             self._mailbox.close()
             remove_folder(self._folder)
 

@@ -14,8 +14,8 @@ same beginning. It is counted once, under the first of these that applies:
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from disagg.cluster.handoff_decode import ReceiveState
 from disagg.cluster.handoff_prefill import Held, SendState
+from disagg.cluster.receiving import ReceiveState
 from disagg.engine.scheduler import Scheduler
 from disagg.errors import InvariantError
 from disagg.request import Status

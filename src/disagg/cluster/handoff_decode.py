@@ -19,30 +19,22 @@ what was copied while it held counts: later, the source may have been reused. A 
 so that no late or doubled message opens it again.
 """
 
-import enum
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from disagg.clock import Clock
 from disagg.cluster.handoff_prefill import Held, remember
 from disagg.cluster.messages import Cancel, ChunkReady, Dropped, Hello, Message, Offer, PullDone, Renew, Renewed
+from disagg.cluster.receiving import DecodeHost, ReceiveState
+from disagg.cluster.receiving import Receiving as Receiving
 from disagg.engine.scheduler import Scheduler
 from disagg.errors import HandshakeError
 from disagg.record import Facts, Span
 from disagg.transfer.base import Pulled, Transport
 
 _RENEWALS = 4  # per lease: three may be late or lost
-
-
-class ReceiveState(enum.Enum):
-    """See the drawing above."""
-
-    WAIT_PAGES = "wait_pages"
-    FILLING = "filling"
-    QUIESCING = "quiescing"
 
 
 class Pull(NamedTuple):
@@ -59,59 +51,6 @@ class Asked(NamedTuple):
     at: float
     worker: str
     handoffs: list[str]
-
-
-@dataclass(slots=True)
-class Receiving:
-    """One hand-off as its decode worker sees it."""
-
-    offer: Offer
-    since: float  # of the last progress: offered, room found, chunk announced, copy ended
-    lease_until: float  # fail when it has passed
-    facts: Facts
-    state: ReceiveState = ReceiveState.WAIT_PAGES
-    pages: list[int] = field(default_factory=list)  # reserved here
-    theirs: list[int] = field(default_factory=list)  # announced, in order
-    checksums: list[int] = field(default_factory=list)  # one per page of `theirs`, when they are checked
-    num_asked: int = 0  # how many of `theirs` a pull was started for
-    first_token: int | None = None
-    tickets: set[int] = field(default_factory=set)
-    copied_at: float = -math.inf  # when the last copy ended
-    proven_until: float = -math.inf  # what was copied by then is what the source had
-    source_lost: bool = False
-    refused: str = ""  # why the prefill worker should go on with the request
-    reason: str = ""  # why it holds pages, for the audit
-    outcome: str = ""  # how it will be counted, once it is QUIESCING
-
-    @property
-    def source(self) -> str:
-        """The prefill worker, name.epoch."""
-        return self.offer.source.worker
-
-    @property
-    def num_computed(self) -> int:
-        """How many positions the pages hold when all are filled."""
-        return len(self.offer.request.tokens)
-
-
-class DecodeHost(Protocol):
-    """What this side asks of the worker it lives in. From each call on, the request is the worker's."""
-
-    def adopt(self, receiving: Receiving) -> None:
-        """All pages are filled and the first token is known: run the request. The pages are the worker's now."""
-        ...
-
-    def recompute(self, receiving: Receiving) -> None:
-        """The pages did not come but the first token is known: compute all of it here. The pages stay this side's."""
-        ...
-
-    def give_up(self, receiving: Receiving, reason: str) -> None:
-        """Neither pages nor first token will come: tell the front end."""
-        ...
-
-    def checksum(self, pages: list[int]) -> list[int]:
-        """One number per page of this worker, as PrefillSide's `checksum`; nothing when pages are not checked."""
-        ...
 
 
 class DecodeSide:
@@ -299,13 +238,14 @@ class DecodeSide:
         else:
             receiving.theirs += chunk.pages
             receiving.checksums += chunk.checksums
-            receiving.since = self._clock.now()
-            self._pull(receiving)
+            if receiving.state is ReceiveState.FILLING:
+                receiving.since = self._clock.now()
+                self._pull(receiving)
 
     def _pull(self, receiving: Receiving) -> None:
-        """Start copying what was announced and not asked for yet, if there is room for it."""
+        """Start copying what was announced and not asked for yet. There is room for it."""
         first, stop = receiving.num_asked, len(receiving.theirs)
-        if receiving.state is ReceiveState.FILLING and first < stop:
+        if first < stop:
             address = receiving.offer.source.address
             ticket = self._transport.pull(address, receiving.theirs[first:stop], receiving.pages[first:stop])
             receiving.num_asked = stop

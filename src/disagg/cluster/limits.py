@@ -21,7 +21,7 @@ def resolved(engine: EngineSpec, model_max_len: int) -> EngineSpec:
 
 def pages_per_worker(engine: EngineSpec, spec: ModelSpec, num_workers: int) -> int:
     """An even split of the KV memory. Raises InputError when it is not enough for a single page each."""
-    page_bytes = spec.kv_bytes_per_token(KV_DTYPE) * engine.page_size
+    page_bytes = bytes_for(spec, 1, engine.page_size)
     num_pages = engine.kv_bytes // num_workers // page_bytes
     if num_pages < 2:
         raise InputError(
@@ -29,6 +29,11 @@ def pages_per_worker(engine: EngineSpec, spec: ModelSpec, num_workers: int) -> i
             f"{page_bytes / 2**20:.1f} MiB each: raise --kv-memory."
         )
     return num_pages
+
+
+def bytes_for(spec: ModelSpec, num_pages: int, page_size: int) -> int:
+    """KV memory that so many pages take."""
+    return spec.kv_bytes_per_token(KV_DTYPE) * page_size * num_pages
 
 
 def validate(

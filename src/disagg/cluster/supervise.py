@@ -156,12 +156,12 @@ class Supervisor:
         seats = [seat for seat in self.seats.values() if seat.process is not None]
         for seat in seats:
             self._mailbox.send(seat.worker, m.Stop())
-        if self._template is not None:
-            self._template.close()
         for seat in seats:
             if seat.process is not None:
                 seat.process.close()
                 seat.process = None
+        if self._template is not None:
+            self._template.close()
 
     def _excuse(self, now: float) -> None:
         """While nobody asked, nobody was heard: time in which the front end itself was busy is no silence."""

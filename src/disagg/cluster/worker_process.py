@@ -37,15 +37,22 @@ def load(engine: EngineSpec) -> "Loaded":
 
 
 def warm_up(loaded: "Loaded", page_size: int) -> None:
-    """Compile, or read from the cache, all that the first steps would."""
+    """Import, and compile or read from the cache, all that workers and their first steps and copies would."""
+    import numpy as np
+
+    import disagg.transfer.checksum
+    import disagg.transfer.layout
+    import disagg.transfer.shm  # noqa: F401
     from disagg.cache.storage import KVStorage
     from disagg.engine.runner import Runner
+    from disagg.transfer.copy import copy_runs
 
     spec = loaded.spec
     Runner(loaded, KVStorage(
         num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, page_size=page_size,
         num_pages=_WARM_UP_PAGES, dtype=loaded.kv_dtype,
     )).warm_up()  # fmt: skip
+    copy_runs(np.zeros((2, 64), np.uint8), np.zeros((2, 64), np.uint8), [(0, 1, 1)])
 
 
 def build(config: WorkerConfig, loaded: "Loaded", mailbox: Mailbox, wake: Callable[[], None]) -> Worker:

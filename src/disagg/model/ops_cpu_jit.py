@@ -1,14 +1,14 @@
 """How CPU kernels are compiled, and how the threads that run one share the work.
 
-Parameters of an `@instruction` are numba's own types while compiling, so they carry no annotation here.
+Parameters of an `@instruction` are numba's own types while compiling, which have no public names: hence `Any`.
 """
-# ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,16 @@ def _cache_dir() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("ops_cpu*.py")):
         digest.update(path.read_bytes())
-    root = os.environ.get("NUMBA_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "disagg", "numba"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(
+        os.environ.get("NUMBA_CACHE_DIR") or os.path.join(home, "disagg", "numba"), digest.hexdigest()[:16]
     )
-    return os.path.join(root, digest.hexdigest()[:16])
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # a read-only home: compile once for each process rather than not at all
+        return tempfile.mkdtemp(prefix="disagg-numba-")
+    return folder
 
 
 _CACHE_DIR = _cache_dir()
@@ -67,10 +73,10 @@ _SPINS_BEFORE_YIELD = 500  # some microseconds of waiting before the core is off
 
 
 @instruction
-def _fetch_add(typing, words, at, value):
+def _fetch_add(typing: Any, words: Any, at: Any, value: Any) -> Any:
     """Atomically words[at] += value; returns the old value."""
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         pointer = b.gep(context.make_array(signature.args[0])(context, b, args[0]).data, [args[1]])
         return b.atomic_rmw("add", pointer, args[2], "seq_cst")
 
@@ -83,10 +89,10 @@ def _call_void(b: ir.IRBuilder, name: str) -> None:
 
 
 @instruction
-def _pause(typing):
+def _pause(typing: Any) -> Any:
     """Tell the core that this is a waiting loop (x86; elsewhere nothing)."""
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         if platform.machine() in ("x86_64", "AMD64"):
             _call_void(b, "llvm.x86.sse2.pause")
         return context.get_dummy_value()
@@ -95,10 +101,10 @@ def _pause(typing):
 
 
 @instruction
-def _yield_core(typing):
+def _yield_core(typing: Any) -> Any:
     """sched_yield() where the C library has it."""
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         if os.name == "posix":
             _call_void(b, "sched_yield")
         return context.get_dummy_value()

@@ -6,9 +6,8 @@ on the way, which costs nothing beside the multiplications) and multiplied with 
 same chain of fused multiply-adds in order of k, whatever the number of rows: a row's result does not depend on the
 batch it is computed in.
 
-Parameters of an `@instruction` are numba's own types while compiling, so they carry no annotation here.
+Parameters of an `@instruction` are numba's own types while compiling, which have no public names: hence `Any`.
 """
-# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -87,7 +86,10 @@ def _sum_loop(b: ir.IRBuilder, count: Any, num_sums: int, body: Callable[[Any, l
 
 
 @instruction
-def tile(typing, rows, x, x_at, x_row, x_step, w, w_at, w_row, c, c_at, c_row, depth, add):
+def tile(
+    typing: Any, rows: Any, x: Any, x_at: Any, x_row: Any, x_step: Any, w: Any, w_at: Any, w_row: Any, c: Any,
+    c_at: Any, c_row: Any, depth: Any, add: Any,
+) -> Any:  # fmt: skip
     """c[r, n] = (c[r, n] if add) + sum over k of x[r, k] * w[k, n], for rows x 16 results, rows in 1..6.
 
     x, w, c are contiguous arrays of any rank, addressed by the element offset *_at and the distance *_row between
@@ -96,7 +98,7 @@ def tile(typing, rows, x, x_at, x_row, x_step, w, w_at, w_row, c, c_at, c_row, d
     n = types.intp
     signature = types.void(n, x, n, n, n, w, n, n, c, n, n, n, types.boolean)
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         rows, _, _, x_row, x_step, _, _, w_row, _, _, c_row, depth, add = args
         x, w, c = (_data(context, b, signature.args[i], args[i], args[i + 1]) for i in (1, 5, 8))
         weights = w, w_row, _int(0)
@@ -107,12 +109,15 @@ def tile(typing, rows, x, x_at, x_row, x_step, w, w_at, w_row, c, c_at, c_row, d
 
 
 @instruction
-def wide_tile(typing, rows, x, x_at, x_row, w, w_at, w_panel, c, c_at, c_row, depth, add):
+def wide_tile(
+    typing: Any, rows: Any, x: Any, x_at: Any, x_row: Any, w: Any, w_at: Any, w_panel: Any, c: Any, c_at: Any,
+    c_row: Any, depth: Any, add: Any,
+) -> Any:  # fmt: skip
     """The same for one or two rows x GROUP panels, which lie w_panel apart and are packed: their rows 16 apart."""
     n = types.intp
     signature = types.void(n, x, n, n, w, n, n, c, n, n, n, types.boolean)
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         rows, _, _, x_row, _, _, w_panel, _, _, c_row, depth, add = args
         x, w, c = (_data(context, b, signature.args[i], args[i], args[i + 1]) for i in (1, 4, 7))
         weights = w, _int(PANEL), w_panel
@@ -187,11 +192,11 @@ def _store_tile(b: ir.IRBuilder, rows: int, sums: list[Any], c: Any, c_row: Any,
 
 
 @instruction
-def dot(typing, x, x_at, y, y_at, length):
+def dot(typing: Any, x: Any, x_at: Any, y: Any, y_at: Any, length: Any) -> Any:
     """Sum of x[x_at + i] * y[y_at + i], i < length (a positive multiple of 16), over contiguous float32 arrays."""
     signature = types.float32(x, types.intp, y, types.intp, types.intp)
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         x = _data(context, b, signature.args[0], args[0], args[1])
         y = _data(context, b, signature.args[2], args[2], args[3])
 
@@ -210,10 +215,10 @@ def dot(typing, x, x_at, y, y_at, length):
 
 
 @instruction
-def power_of_two(typing, n):
+def power_of_two(typing: Any, n: Any) -> Any:
     """2 ** n for a whole float32 n in -126..127, by writing the exponent bits; unlike ldexp it vectorises."""
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         bits = b.shl(b.add(b.fptosi(args[0], _I32), ir.Constant(_I32, 127)), ir.Constant(_I32, 23))
         return b.bitcast(bits, _F32)
 
@@ -221,10 +226,10 @@ def power_of_two(typing, n):
 
 
 @instruction
-def rint(typing, x):
+def rint(typing: Any, x: Any) -> Any:
     """x rounded to the nearest whole float32, as one instruction."""
 
-    def generate(context, b, signature, args):
+    def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return _call(b, "llvm.rint.f32", _F32, args[0])
 
     return types.float32(types.float32), generate
