@@ -214,7 +214,8 @@ class World:
             self.to_worker[other].append(m.Lost(worker))
         for request_id, ask in self.asks.items():
             if not ask.outcome and request_id not in self.parked:
-                parts = {ask.owner} if ask.owner else {*ask.route}
+                # its first token may have died with the prefill worker, although the others are here
+                parts = {ask.owner} if ask.owner and len(ask.tokens) > ask.known else {*ask.route}
                 if worker in parts:
                     self.retry(request_id)
 

@@ -241,6 +241,17 @@ def test_scenario_13_the_offer_never_arrives():
     assert outcome(world) == ("length", 1)
 
 
+def test_scenario_13_the_destination_is_known_to_be_dead():
+    """The request waited on P while its decode worker died: nothing is offered, P decodes it."""
+    world = World()
+    world.submit(PROMPT, 4)
+    world.kill("D.0")
+    world.sim("P").receive(m.Lost("D.0"))
+    world.calm(8)
+    assert world.sim("P").giving.counts["started"] == 0
+    assert outcome(world) == ("length", 0)
+
+
 def test_scenario_14_a_lease_that_ends_while_d_is_stalled():
     """P has given the pages to others: what D copied too late is thrown away, and P's Cancel need not have come."""
     world = held()
