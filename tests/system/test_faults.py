@@ -340,6 +340,15 @@ def test_a_silent_worker_is_replaced(quad):
     recovered(quad)
 
 
+def test_workers_come_back_without_their_template(quad):
+    """When the process that forks workers is dead too, a worker is started from scratch."""
+    quad._supervisor._template._popen.kill()
+    old = worker(quad, "P1")
+    old.process.send_signal(signal.SIGKILL)
+    wait_until(lambda: worker(quad, "P1").up and worker(quad, "P1").address != old.address, quad, limit_s=60)
+    recovered(quad)
+
+
 def test_roles_change_under_load():
     """29: 2C becomes 1P1D and 2C again with transfers in flight: nothing dropped, repeated, retried or hung."""
     with start("2C", lease_s=10.0) as cluster:

@@ -49,7 +49,7 @@ def test_every_pair_is_compared_with_its_prefill_worker_alone():
 def test_a_pair_with_other_tokens_keeps_all_from_serving():
     """The sentence names the pair and where the tokens part."""
     cluster = FakeCluster({"P0": "prefill", "D0": "decode", "D1": "decode"}, lambda _, decode: decode == "D1")
-    with pytest.raises(DisaggError, match="from P0 to D1 .* token 5"):
+    with pytest.raises(DisaggError, match=r"from P0 to D1 .* token 5"):
         canary.require(cluster)
 
 

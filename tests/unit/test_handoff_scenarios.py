@@ -418,6 +418,23 @@ def test_scenario_22_doubled_reordered_and_late_messages():
     assert all(ask.outcome == "length" for ask in world.asks.values())
 
 
+def test_scenario_22_an_old_hand_off_comes_again():
+    """All messages of a hand-off that ended come once more, in order and within the lease: it stays ended."""
+    world = World()
+    world.submit(PROMPT, 4)
+    seen = []
+    for _ in range(8):
+        world.calm(1, "P>D")
+        seen += world.links.get(("P.0", "D.0"), [])
+        world.calm(1)
+    decode = world.sim("D")
+    assert decode.taking.counts["done"] == 1
+    for message in seen:
+        decode.receive(message)
+    assert decode.taking.held() == []
+    assert outcome(world) == ("length", 0)
+
+
 @pytest.mark.parametrize("field", ["first_page", "pages", "first_token"])
 def test_scenario_22_a_chunk_that_does_not_fit_is_refused(field):
     """A hole, a page too many, a first token too early: P keeps the request and the tokens are right."""

@@ -68,9 +68,12 @@ def complaint(sung: Sung) -> str:
     if sung.error:
         return f"The canary failed on {sung.prefill} and {sung.decode}: {sung.error}"
     same = next((i for i, (a, b) in enumerate(zip(sung.tokens, sung.expected, strict=False)) if a != b), 0)
+    moved, other = f"handed from {sung.prefill} to {sung.decode}", f"{sung.prefill} alone"
+    if sung.prefill == sung.decode:
+        moved, other = f"run on {sung.prefill}", "another worker"
     return (
-        f"The canary died: a prompt handed from {sung.prefill} to {sung.decode} gives other tokens than on "
-        f"{sung.prefill} alone, from token {same} on; not serving wrong answers."
+        f"The canary died: a prompt {moved} gives other tokens than on {other}, from token {same} on; "
+        "not serving wrong answers."
     )
 
 

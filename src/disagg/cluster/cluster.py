@@ -185,6 +185,7 @@ class Cluster:
         for seat in self._supervisor.seats.values():
             if seat.draining and not self._ledger.that_need(seat.worker):
                 self._send(seat.worker, m.Stop())
+                seat.draining = False  # said; should it not have heard, its next Draining starts anew
         return updates
 
     @property

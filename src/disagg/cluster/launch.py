@@ -139,6 +139,7 @@ class Template:
             self._read_until(lambda: config.worker in self._forked, _FORK_S)
             if (pid := self._forked.pop(config.worker, None)) is not None:
                 return Process(config, pid, lambda: self._code(pid), lambda: None)
+            self._popen.kill()  # it is stuck, and must not come up with this worker later
         return spawn(config)
 
     def close(self) -> None:
@@ -217,7 +218,8 @@ def _environment(num_threads: int) -> dict[str, str]:
     threads = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), str(num_threads)
     )
-    return os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
+    # passive: torch's threads must not spin between two operations on cores that the CPU kernels use
+    return os.environ | threads | {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _readable(fd: int, timeout_s: float) -> bool:

@@ -125,9 +125,10 @@ class Supervisor:
         return seat if seat is not None and seat.worker == worker and seat.process is not None else None
 
     def silent(self) -> dict[str, bool]:
-        """For each worker that is up: whether it missed several heartbeats."""
+        """For each worker that is up and sends heartbeats: whether it missed several."""
         now = self._clock.now()
-        return {seat.worker: now - seat.since > self._silence_s / 4 for seat in self.seats.values() if seat.up}
+        beating = [seat for seat in self.seats.values() if seat.up and seat.config.heartbeat_s is not None]
+        return {seat.worker: now - seat.since > self._silence_s / 4 for seat in beating}
 
     def check(self, readable: Sequence[int]) -> list[Death]:
         """Notice the dead, given the file descriptors that are readable now, and start what is to be started.

@@ -38,6 +38,13 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Output:
     return Output(tokens, _logprobs(logits, requests, tokens))
 
 
+def _likeliest(logits: Tensor) -> list[int]:
+    """The first largest of each row."""
+    if logits.device.type == "cpu":  # torch's threads would go on spinning on the cores the kernels need: 8 ms a step
+        return list(map(int, logits.numpy().argmax(-1)))
+    return list(logits.argmax(dim=-1).tolist())
+
+
 def uniform(seed: int, index: int) -> float:
     """The number in [0, 1) for output token `index`: splitmix64 (Steele, Lea and Flood, 2014) of seed and index."""
     bits = _mix((_mix(seed & _MASK) + index) & _MASK)
