@@ -8,14 +8,14 @@ import msgspec
 from disagg.errors import BudgetError, InputError
 
 Role = Literal["both", "prefill", "decode"]
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["float32", "float16"]
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """The devices every arm shares. `cpu:2` is two cores; `cuda:0,1` is those two GPUs."""
+    """The devices every arm shares. `cpu:2` is two cores."""
 
-    kind: Literal["cpu", "cuda"]
-    devices: tuple[int, ...]  # cpu: core numbers as the process may use them; cuda: device indices
+    kind: Literal["cpu"]
+    devices: tuple[int, ...]  # core numbers as the process may use them
 
     @classmethod
     def parse(cls, text: str, cores: tuple[int, ...]) -> "Budget":
@@ -28,17 +28,10 @@ class Budget(msgspec.Struct, frozen=True):
                     f"use cpu:1 to cpu:{len(cores)}."
                 )
             return cls("cpu", tuple(cores[:wanted]))
-        if match := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", text):
-            devices = tuple(int(part) for part in match[1].split(","))
-            if len(set(devices)) != len(devices):
-                raise BudgetError(f"Budget {text!r} names a GPU twice: name each once.")
-            return cls("cuda", devices)
-        raise BudgetError(f"Budget {text!r} is not understood: write cpu:N (cores) or cuda:I,J (GPU numbers).")
+        raise BudgetError(f"Budget {text!r} is not understood: write cpu:N, the number of cores that all arms share.")
 
     def __str__(self) -> str:
-        if self.kind == "cpu":
-            return f"cpu:{len(self.devices)}"
-        return "cuda:" + ",".join(map(str, self.devices))
+        return f"{self.kind}:{len(self.devices)}"
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -46,7 +39,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
     name: str
     role: Role
-    devices: tuple[int, ...]  # cpu: the cores it is pinned to, one thread each; cuda: one GPU
+    devices: tuple[int, ...]  # the cores it is pinned to, one thread each
     shares: int = 1  # how many workers run on these same devices, itself included
 
 
@@ -84,7 +77,7 @@ class Deployment(msgspec.Struct, frozen=True):
 
     @property
     def oversubscribed(self) -> bool:
-        """Whether workers share a core or a GPU, which the output must say."""
+        """Whether workers share a core, which the output must say."""
         return any(worker.shares > 1 for worker in self.workers)
 
 
@@ -94,11 +87,6 @@ def _place(num_workers: int, budget: Budget) -> list[tuple[tuple[int, ...], int]
     if num_workers >= len(devices):
         homes = [index % len(devices) for index in range(num_workers)]
         return [((devices[home],), homes.count(home)) for home in homes]
-    if budget.kind == "cuda":
-        raise BudgetError(
-            f"{num_workers} worker(s) would leave GPUs of {budget} idle, and a worker uses one GPU: "
-            "use as many workers as GPUs, or a smaller budget."
-        )
     per_worker, extra = divmod(len(devices), num_workers)
     if extra:
         raise BudgetError(

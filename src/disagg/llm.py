@@ -1,11 +1,12 @@
 """The Python API: a model on a deployment, prompts in, outputs out.
 
-    with LLM("smollm2", deploy="1P1D", budget="cpu:2") as llm:
-        outputs = llm.generate(["Hello", [1, 2, 3]], SamplingParams(temperature=0, max_tokens=16))
+with LLM("smollm2", deploy="1P1D", budget="cpu:2") as llm:
+    outputs = llm.generate(["Hello", [1, 2, 3]], SamplingParams(temperature=0, max_tokens=16))
 """
 
 import difflib
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,7 +17,7 @@ import msgspec
 from disagg.cluster.cluster import Cluster, Update
 from disagg.config import Budget, Deployment, EngineSpec
 from disagg.engine.batch import TokenLogprobs
-from disagg.errors import InputError, RequestError
+from disagg.errors import DisaggError, InputError, RequestError
 from disagg.model.tokenizer import Detokenizer, NoTokenizer
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
@@ -24,6 +25,7 @@ from disagg.text import TextStream
 
 Prompt = str | Sequence[int]
 _POLL_S = 0.5
+_MOST_LIVE = 4096  # requests sent at once; the rest of a very long list follows as these end
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class LLM:
         placed = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
         self.cluster = Cluster(placed, EngineSpec(model=model, **engine))
         self.tokenizer = self.cluster.info.tokenizer
+        self._news: dict[str, list[Update]] = {}  # of every open request, until the call that made it looks
 
     def __enter__(self) -> "LLM":
         return self
@@ -87,8 +90,11 @@ class LLM:
         return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """One prompt, piece by piece. Closing the iterator early aborts the request."""
-        return self._run([Completion(prompt)], _one_each(params, 1))
+        """One prompt, piece by piece. Closing the iterator early aborts the request. Raises DisaggError if it fails."""
+        completion = Completion(prompt)
+        yield from self._run([completion], _one_each(params, 1))
+        if completion.record is not None and completion.record.error:
+            raise DisaggError(completion.record.error)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for `generate`."""
@@ -99,34 +105,52 @@ class LLM:
         streams = [self._text_stream(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         live: dict[str, int] = {}
         try:
-            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-                live[self.cluster.submit(prompt, each, index=index)] = index
-            while live:
-                for update in self.cluster.poll(_POLL_S):
+            waiting = deque(enumerate(zip(prompts, params, strict=True)))
+            while live or waiting:
+                while waiting and len(live) < _MOST_LIVE:
+                    place, (prompt, each) = waiting.popleft()
+                    live[self._submit(prompt, each, place)] = place
+                for update in self._poll(live):
                     if (place := live.get(update.request_id)) is None:
-                        continue
+                        continue  # it met a stop string in an earlier update
                     text = self._take(completions[place], streams[place], update)
                     if completions[place].record is not None:
-                        del live[update.request_id]
+                        del live[update.request_id], self._news[update.request_id]
                     yield Delta(place, update.tokens, text)
         finally:
             for request_id in live:
                 self.cluster.abort(request_id)
+                del self._news[request_id]
+
+    def _submit(self, prompt: list[int], params: SamplingParams, index: int) -> str:
+        request_id = self.cluster.submit(prompt, params, index=index)
+        self._news[request_id] = []
+        return request_id
+
+    def _poll(self, live: dict[str, int]) -> list[Update]:
+        """What is new of these requests. Of those of another open `stream` it is kept until that one looks."""
+        if not any(self._news[request_id] for request_id in live):
+            for update in self.cluster.poll(_POLL_S):
+                self._news.get(update.request_id, []).append(update)
+        mine = [update for request_id in live for update in self._news[request_id]]
+        for request_id in live:
+            self._news[request_id] = []
+        return mine
 
     def _take(self, completion: Completion, stream: TextStream, update: Update) -> str:
         """Add what is new and return its text. A stop string ends the request, with the token that completed it."""
         text = ""
         record = update.record
-        for token in update.tokens:
+        for token, logprobs in zip(update.tokens, update.logprobs, strict=True):
             completion.token_ids.append(token)
+            if logprobs is not None:
+                completion.logprobs = [*(completion.logprobs or []), logprobs]
             text += stream.push([token])
             if stream.stopped:
                 record = record or self.cluster.abort(update.request_id, FinishReason.STOP)
                 break
         if record is not None:
             text += stream.push([], final=True)
-        if any(update.logprobs):
-            completion.logprobs = (completion.logprobs or []) + [one for one in update.logprobs if one is not None]
         completion.text += text
         if record is not None:
             completion.finish_reason = FinishReason.STOP if stream.stopped else record.finish_reason

@@ -88,12 +88,21 @@ class Record(msgspec.Struct, kw_only=True):
     tokens: list[int] = []  # output token ids; kept where runs are compared for exactness, else empty
 
     def merge(self, facts: Facts) -> None:
-        """Add what a worker knows: moments it saw replace ours, amounts add up."""
+        """Add what a worker knows. Amounts add up; of a moment the first counts, of the end of the copies the last.
+
+        So a prompt computed again, after a preemption or on another worker, does not move the moments of its first
+        token, which the client already has.
+        """
         for name in facts.__struct_fields__:
-            value = getattr(facts, name)
+            value, ours = getattr(facts, name), getattr(self, name, None)
             if name == "worker" or value is None:
                 continue
-            setattr(self, name, value if name.endswith("_at") else getattr(self, name) + value)
+            if name == "handoff_end_at":
+                setattr(self, name, value if ours is None else max(ours, value))
+            elif not name.endswith("_at"):
+                setattr(self, name, ours + value)
+            elif ours is None:
+                setattr(self, name, value)
 
     @property
     def ok(self) -> bool:

@@ -60,11 +60,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def __post_init__(self) -> None:
         rules = (
-            (self.temperature >= 0, "temperature must be at least 0"),
+            (self.temperature == 0 or 1e-5 <= self.temperature < 1e5, "temperature must be 0, or from 1e-5 to 1e5"),
             (self.top_k >= 0, "top_k must be at least 0 (0 keeps all tokens)"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must lie between 0 and 1"),
-            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
+            (0.01 <= self.repetition_penalty <= 100, "repetition_penalty must lie between 0.01 and 100"),
             (-2 <= self.presence_penalty <= 2, "presence_penalty must lie between -2 and 2"),
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty must lie between -2 and 2"),
             (self.max_tokens >= 1, "max_tokens must be at least 1"),

@@ -1,6 +1,7 @@
 """The house rules that a test can hold."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ LEVELS = [
     {"model", "transfer"},
     {"engine"},
     {"cluster"},
-    {"measure", "llm", "server", "sim"},
+    {"measure", "llm", "server", "sim", "testing"},
     {"cli", "__main__", "__init__"},
 ]
 PURE = [
@@ -34,6 +35,9 @@ PURE = [
     "cluster/handoff_decode.py",
     "cluster/messages.py",
     "cluster/router.py",
+    "cluster/ledger.py",
+    "cluster/receiving.py",
+    "cluster/conserve.py",
     "model/spec.py",
     "transfer/base.py",
     "transfer/layout.py",
@@ -41,6 +45,13 @@ PURE = [
     "measure/metrics.py",
     "measure/stats.py",
     "measure/verdict.py",
+    "measure/guards.py",
+    "measure/summary.py",
+    "measure/stages.py",
+    "measure/sentences.py",
+    "workload/lengths.py",
+    "workload/traces.py",
+    "workload/workload.py",
 ]
 IMPURE = {"torch", "socket", "zmq", "time"}
 
@@ -96,6 +107,21 @@ def test_exported_names_exist_and_are_sorted():
 
     for name in disagg.__all__:
         assert getattr(disagg, name).__name__ == name
+
+
+def test_every_path_the_documents_name_exists():
+    """A reader who follows the README, the tour or CONTRIBUTING to a file finds it."""
+    root = SOURCE.parents[1]
+    homes = (root, SOURCE, root / "docs", root / "tests" / "unit")
+    missing = []
+    for document in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/tour.md", "docs/handoff.md"):
+        text = (root / document).read_text()
+        for name in re.findall(r"`([\w./-]+\.(?:py|md|html|sh|json))`|\]\(([\w./-]+)\)", text):
+            path = (name[0] or name[1]).split("#")[0]
+            generated = path in ("report.html", "summary.json", "records.jsonl")
+            if not generated and not any((home / path).exists() for home in homes):
+                missing.append(f"{document}: {path}")
+    assert missing == []
 
 
 def test_files_stay_small():

@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
+from leftovers import nothing_left
 
 from disagg import LLM, SamplingParams
 from disagg.cluster.cluster import Cluster
@@ -23,28 +22,11 @@ PROMPTS = [[(i * 37 + j * 11) % 10_000 for j in range(length)] for i, length in 
 two_cores = pytest.mark.skipif(len(CORES) < 2, reason="this machine lends one core; deployments of two need two")
 
 
-def traces_left() -> set[str]:
-    """What a deployment could leave: worker processes, mailbox folders, named shared memory."""
-    found = {str(path) for path in Path(tempfile.gettempdir()).glob("disagg-*")}
-    found |= {str(path) for path in Path("/dev/shm").glob("*disagg*")}
-    for proc in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"disagg.cluster." in proc.read_bytes():
-                found.add(str(proc))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Every test, however it ends, leaves no process, folder or shared memory."""
-    before = traces_left()
-    yield
-    until = time.monotonic() + 5
-    while traces_left() - before and time.monotonic() < until:
-        time.sleep(0.02)
-    assert traces_left() - before == set()
+    with nothing_left():
+        yield
 
 
 def wait_until(condition, cluster=None, limit_s=10.0):

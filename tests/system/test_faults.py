@@ -9,12 +9,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
-from pathlib import Path
 
 import pytest
+from leftovers import nothing_left, processes
 
 from disagg import SamplingParams
 from disagg.cluster.cluster import MOST_ATTEMPTS, Cluster
@@ -27,7 +25,6 @@ PAGE_BYTES = 393_216
 PAGES = 72  # per worker
 LEASE_S = 1.0
 SILENCE_S = 5.0
-TAG = f"DISAGG_TEST={uuid.uuid4().hex}"  # in the environment of every process started here
 LONG = [(i * 37) % 10_000 for i in range(1000)]  # some thirty chunks of CHUNK: time to interfere
 CHUNK = 32
 
@@ -38,29 +35,11 @@ def greedy(max_tokens):
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def processes():
-    """Command lines of all processes that were started with our tag."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if TAG.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes())
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_behind():
     """After all that happens here, no process and no folder is left."""
-    name, value = TAG.split("=")
-    os.environ[name] = value
-    before = set(Path(tempfile.gettempdir()).glob("disagg-*"))
-    yield
-    wait_until(lambda: not processes())
-    del os.environ[name]
-    left = set(Path(tempfile.gettempdir()).glob("disagg-*")) - before
-    assert not [folder for folder in left if any(folder.glob("*.log"))]
+    with nothing_left():
+        yield
 
 
 def start(deploy, lease_s=LEASE_S, **options):

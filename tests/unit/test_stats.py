@@ -5,7 +5,6 @@ import pytest
 
 from disagg.measure.stats import (
     Interval,
-    batch_means,
     mean_interval,
     paired_difference,
     paired_ratio,
@@ -82,25 +81,6 @@ def test_repeats_cover_where_requests_do_not():
     covered = [np.mean([each.low <= truth <= each.high for each in kind]) for kind in (by_repeats, by_requests)]
     assert covered[0] >= 0.85  # the means are skewed near capacity, so five repeats fall a little short of 0.95
     assert covered[1] <= 0.5
-
-
-def test_batch_means():
-    """Neighbours are averaged; the odd ones at the front are the warm-up."""
-    assert batch_means([100.0, 1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
-    with pytest.raises(ValueError, match="3 values"):
-        batch_means([1.0, 2.0, 3.0], 4)
-
-
-def test_batch_means_of_a_long_run_cover_better_than_its_requests():
-    """M/D/1 at load 0.7, 4,000 requests: 20 batches hold the true mean wait (7/6) in most runs, requests in few."""
-    rng = np.random.default_rng(7)
-    runs = [_waits(0.7, 4000, rng) for _ in range(100)]
-    truth = 0.7 / (2 * 0.3)
-    batched = [mean_interval(batch_means(run, 20)) for run in runs]
-    naive = [mean_interval(run) for run in runs]
-    covered = [sum(each.low <= truth <= each.high for each in kind) for kind in (batched, naive)]
-    assert covered[0] >= 80
-    assert covered[1] <= 60
 
 
 def test_repeats_needed():

@@ -15,7 +15,7 @@ from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial
 from disagg.measure.summary import read_summary, summarize
 from disagg.measure.tables import show
 from disagg.record import Record, read_records
-from disagg.workload.workload import Note, read_workloads
+from disagg.workload.workload import Note, Workload
 
 QUICK = Settings(repeats=3, rates=(20.0, 60.0), duration_s=2.0, requests=5, tune=False)
 
@@ -60,7 +60,8 @@ def test_the_truth_comes_out(tmp_path):
         assert arms[arm]["prefill_s"]["mean"] == pytest.approx(0.010)
         assert arms[arm]["handoff_s"]["mean"] == pytest.approx(handoff)
         assert arms[arm]["completed"] == 15
-    rows = read_workloads(tmp_path / WORKLOADS)[0].rows
+    first, _, _ = (tmp_path / WORKLOADS).read_bytes().partition(b"\n")
+    rows = msgspec.json.decode(first, type=Workload).rows
     total = sum(0.010 + 0.002 * (row.max_tokens - 1) for row in rows) / 5
     assert arms["2C"]["total_s"]["mean"] == pytest.approx(total)
     assert part["relative_difference"]["estimate"] == pytest.approx(0.003 / total)

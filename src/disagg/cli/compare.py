@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import math
 import os
 import re
 import shlex
@@ -42,15 +43,22 @@ def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _
     return apply
 
 
+def _gibibytes(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """A size that memory can have. Raises InputError."""
+    if not 0 < value < math.inf:
+        raise InputError(f"--kv-memory {value:g} is no size: give GiB above 0, as in 0.5.")
+    return value
+
+
 engine_options = _options(
     click.option("--model", default=_ENGINE.model, show_default=True, help="seed, smollm2, a folder, GGUF or hub id."),
     click.option("--random-weights", is_flag=True, help="Draw the weights instead of reading them."),
     click.option(
         "--dtype",
-        type=click.Choice(["float32", "float16", "bfloat16"]),
+        type=click.Choice(["float32", "float16"]),
         default=_ENGINE.dtype,
         show_default=True,
-        help="Of weights and KV cache.",
+        help="Of the weights; the KV cache is float32.",
     ),
     click.option("--max-len", type=int, help="Context limit in tokens (default: the model's own)."),
     click.option("--page-size", type=int, default=_ENGINE.page_size, show_default=True, help="Tokens in a KV page."),
@@ -58,6 +66,7 @@ engine_options = _options(
         "--kv-memory",
         type=float,
         default=_ENGINE.kv_bytes / GIB,
+        callback=_gibibytes,
         show_default=True,
         help="KV cache of an arm in GiB, split over its workers.",
     ),
@@ -104,7 +113,7 @@ Examples:
     "--arms", default=",".join(_SETTINGS.arms), show_default=True, help="2C: two colocated; 3P1D: 3 + 1 apart."
 )
 @click.option(
-    "--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N or cuda:I,J."
+    "--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N."
 )
 @click.option(
     "--repeats", type=int, help=f"Paired repeats (default: {_SETTINGS.repeats}; {QUICK['repeats']} if quick)."

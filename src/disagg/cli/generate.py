@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from disagg.config import Dtype
-from disagg.errors import InputError
+from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
 
 
@@ -39,6 +39,8 @@ Examples:
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
 @click.option("--budget", help="cpu:N (cores). Default: all cores of this process.")
+@click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
+@click.option("--prefix-caching", is_flag=True, help="Share the pages of prompts that begin alike.")
 @click.option("--chat", is_flag=True, help="Put the text into the model's chat template as a user's message.")
 @click.option("--max-tokens", default=64, show_default=True, help="Length of the output, in tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
@@ -57,21 +59,29 @@ def generate(
     deploy: str,
     budget: str | None,
     chat: bool,
+    max_len: int | None,
+    prefix_caching: bool,
     as_json: bool,
     stop: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Continue PROMPT on any deployment, streamed to standard output."""
     from disagg.llm import LLM  # imports torch: slow
+    from disagg.model.tokenizer import NoTokenizer
 
     asked = _prompt(prompt, ids)
+    if chat and ids is not None:
+        raise InputError("--chat puts a text into the chat template: give a text, or leave --chat out.")
     params = SamplingParams(stop=stop, **sampling)
-    with LLM(model, deploy, budget, random_weights=random_weights, dtype=dtype) as llm:
+    engine = {"random_weights": random_weights, "dtype": dtype, "max_len": max_len, "prefix_caching": prefix_caching}
+    with LLM(model, deploy, budget, **engine) as llm:
         if chat:
             asked = llm.chat([{"role": "user", "content": str(asked)}])
         if as_json:
             (done,) = llm.generate([asked], params)
             assert done.record is not None
+            if done.record.error:
+                raise DisaggError(done.record.error)
             answer = {
                 "text": done.text,
                 "token_ids": done.token_ids,
@@ -81,7 +91,7 @@ def generate(
             }
             click.echo(json.dumps(answer))
             return
+        wordless = isinstance(llm.tokenizer, NoTokenizer)
         for delta in llm.stream(asked, params):
-            shown = delta.text or (" ".join(map(str, delta.token_ids)) + " " if model == "seed" else "")
-            click.echo(shown, nl=False)
+            click.echo("".join(f"{token} " for token in delta.token_ids) if wordless else delta.text, nl=False)
         click.echo()

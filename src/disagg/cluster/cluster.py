@@ -74,7 +74,7 @@ class Cluster:
     ) -> None:
         from disagg.model.load import load_info
 
-        self.info = load_info(engine.model)
+        self.info = load_info(engine.model, engine.max_len)
         self.engine = limits.resolved(engine, self.info.spec.max_len)
         self.deployment = deployment
         self._eos = frozenset(self.info.spec.eos_ids)

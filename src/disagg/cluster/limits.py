@@ -13,9 +13,9 @@ from disagg.request import SamplingParams
 
 def resolved(engine: EngineSpec, model_max_len: int) -> EngineSpec:
     """The spec with the context length decided. Raises InputError when it is beyond the model's."""
-    max_len = engine.max_len or model_max_len
-    if max_len > model_max_len:
-        raise InputError(f"max_len {max_len} is beyond the model's context of {model_max_len} tokens.")
+    max_len = model_max_len if engine.max_len is None else engine.max_len
+    if not 2 <= max_len <= model_max_len:
+        raise InputError(f"max_len {max_len} is not possible: this model's context is 2 to {model_max_len} tokens.")
     return msgspec.structs.replace(engine, max_len=max_len)
 
 
@@ -48,6 +48,8 @@ def validate(
         )
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise RequestError(f"Token ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
+    if any(not 0 <= stop < vocab_size for stop in params.stop_token_ids):
+        raise RequestError(f"stop_token_ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
     room = num_pages * engine.page_size
     needed = min(len(prompt) + params.max_tokens, max_len)
     if needed > room:

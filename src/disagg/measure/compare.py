@@ -1,12 +1,13 @@
 """The main job: the same requests on every arm, on one budget, repeated, interleaved, and judged.
 
-    start every arm, check parity ─▶ warm up ─▶ one at a time (repeats, all but the last)
-      ─▶ capacity of the colocated arms ─▶ chunk size of the best one ─▶ rates
+    start every arm, check parity ─▶ warm up ─▶ unloaded latency and capacity of the colocated arms
+      ─▶ chunk size of the best one ─▶ one at a time (repeats, all but the last) ─▶ rates
       ─▶ open loop: repeats × rates × arms, arms in random order ─▶ one at a time (last repeat) ─▶ summary
 
 All arms stay loaded and one is driven at a time: an idle worker sleeps in its poll and costs memory, not time. So arms
 can alternate from block to block, and slow drift of the machine meets all of them alike. The last sequential repeat
-runs at the very end, so a drift over the whole run is seen (`guards`).
+runs at the very end, so a drift of the machine is seen (`guards`). What is judged comes after the last restart: each arm
+has one configuration throughout.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from disagg.measure.summary import summarize, write_summary
 from disagg.record import Record, write_records
 from disagg.workload.workload import Limits, Note, Row, Workload, write_workloads
 
-WARM_UP, PROBE = 8, 3  # requests
+WARM_UP, PROBE, UNLOADED = 8, 3, 8  # requests, none of them judged
 CAPACITY_S = 3.0
 TAIL = 3.0  # a block ends about so many unloaded request times after its last arrival
 CLOSING_S = 3.0  # kept back for stopping the workers and writing the summary
@@ -114,12 +115,13 @@ class _Comparison:
             self._warm_up(arm, source.alone(WARM_UP))
             self.progress.step()
         self._resolve(*stages.fit_sequential(self.settings, self._probe(source)))
+        self._decide(source)
         alone = source.alone(self.settings.requests)
         num_first = max(1, self.settings.repeats - 1)
         before_at = self.clock.now()
         self._sequential(alone, range(num_first))
         closing_s = CLOSING_S + (self.clock.now() - before_at) / num_first
-        self._decide(source, closing_s)
+        self._choose_rates(closing_s)
         self._concurrent(source, closing_s)
         self._sequential(alone, range(num_first, self.settings.repeats))
         self.run.took_s = self.clock.now() - self.begun_at
@@ -192,11 +194,16 @@ class _Comparison:
                 records = run_one_at_a_time(self.clusters[arm.name], workload, self.clock, label)
                 self._keep(records, Block(arm.name, "sequential", 0.0, repeat, len(workload.rows)))
 
-    def _decide(self, source: Source, closing_s: float) -> None:
-        """Default SLO, capacity, chunk size and rates, each by measuring. See `stages`."""
+    def _decide(self, source: Source) -> None:
+        """Default SLO, capacity and chunk size, each by measuring. See `stages`."""
         run = self.run
         colocated = [arm for arm in run.arms if not arm.deployment.disaggregated]
-        by_arm = {arm.name: [r for r in self.records if r.arm == arm.name] for arm in colocated}
+        few, by_arm = source.alone(min(UNLOADED, self.settings.requests)), {}
+        self.progress.stage("unloaded", len(colocated))
+        for arm in colocated:
+            label = Label(arm.name, "unloaded")
+            by_arm[arm.name] = run_one_at_a_time(self.clusters[arm.name], few, self.clock, label)
+            self.progress.step()
         unloaded = {name: metrics.e2e(found).mean or 1.0 for name, found in by_arm.items()}
         fastest = min(unloaded, key=lambda name: unloaded[name])
         if self.settings.slo is None:
@@ -207,7 +214,9 @@ class _Comparison:
         self.progress.stage("capacity", len(colocated))
         for arm in colocated:
             cluster, alone_s = self.clusters[arm.name], unloaded[arm.name]
-            run.capacity.append(stages.measure_capacity(cluster, arm.name, source, self.clock, alone_s, CAPACITY_S))
+            capacity, notes = stages.measure_capacity(cluster, arm.name, source, self.clock, alone_s, CAPACITY_S)
+            run.capacity.append(capacity)
+            run.notes += notes
             self.progress.step()
         run.capacity.sort(key=lambda capacity: -capacity.rate)
         for found in run.capacity:
@@ -215,7 +224,10 @@ class _Comparison:
             values |= {"in_flight": found.in_flight, "window_s": found.window_s}
             run.notes.append(Note("capacity", values))
         self._tune(source)
-        tail_s = TAIL * max(unloaded.values())
+
+    def _choose_rates(self, closing_s: float) -> None:
+        """The rates, by the capacity and the time that is left."""
+        run, tail_s = self.run, TAIL * (metrics.e2e(self.records).mean or 0.0)
         self._resolve(*stages.fit_loads(self.settings, run.capacity[0], self._remaining_s() - closing_s, tail_s))
         run.rates = stages.choose_rates(self.settings, run.capacity[0])
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from disagg.clock import Clock
-from disagg.errors import InvariantError
+from disagg.errors import DisaggError, InvariantError
 from disagg.record import Record
 from disagg.request import SamplingParams
 from disagg.workload.workload import Row, Workload
@@ -146,6 +146,7 @@ class Burst(msgspec.Struct, frozen=True):
     rate: float  # requests/s: output tokens/s / the workload's mean output length
     tokens_per_s: float
     window_s: float
+    with_ramp: bool = False  # the window never opened: the ramp is in it
 
 
 def run_saturated(
@@ -154,8 +155,9 @@ def run_saturated(
     """Keep `in_flight` requests going, taking rows in a circle, and count the output tokens of a time window.
 
     The window opens when `in_flight` requests have ended, so the ramp is left out; it closes when as many more have
-    ended and `window_s` seconds have passed. After `limit_s` seconds it closes in any case, and if it had not opened,
-    everything counts. What is open at the end is aborted: this run leaves no Records.
+    ended and `window_s` seconds have passed. After `limit_s` seconds it closes in any case, and if no token had come
+    since it opened, everything counts. What is open at the end is aborted: this run leaves no Records. Raises
+    DisaggError when no token came at all.
     """
     flight = _Flight(cluster, clock, Label("", "capacity"))
     begun_at = opened_at = now = clock.now()
@@ -170,8 +172,15 @@ def run_saturated(
             opened_at, num_before, ramping = now, flight.num_tokens, False
         if not ramping and now - opened_at >= window_s and len(flight.done) >= 2 * in_flight:
             break
+    if flight.num_tokens == num_before:
+        opened_at, num_before, ramping = begun_at, 0, True
     num_tokens = flight.num_tokens - num_before
     flight.give_up("the capacity run had ended")
+    if num_tokens == 0:
+        raise DisaggError(
+            f"No token came within {now - begun_at:.0f} s with {in_flight} requests in flight, so no capacity can be "
+            "measured: use a shorter --prompt-len (with a trace a smaller --length-scale) or a smaller --model."
+        )
     mean_output = sum(row.max_tokens for row in workload.rows) / len(workload.rows)
     tokens_per_s = num_tokens / (now - opened_at)
-    return Burst(tokens_per_s / mean_output, tokens_per_s, now - opened_at)
+    return Burst(tokens_per_s / mean_output, tokens_per_s, now - opened_at, ramping)

@@ -16,6 +16,7 @@ from disagg.record import Record
 
 LATE_LIMIT_S = 0.025  # p99 of sent - scheduled
 Values = Mapping[str, float | int | str]
+UNSPLIT_LIMIT = 0.05  # of the requests of a disaggregated arm, without a hand-off
 DRIFT_LIMIT = 0.25  # change of the median of the same requests between the first and the last sequential repeat
 
 
@@ -88,7 +89,27 @@ def run_guards(records: Sequence[Record], run: Run) -> list[Broken]:
             broken.append(Broken("late", values, phase, rate))
         if phase == "sequential":
             broken += _drift(arm, group)
+    broken += [each for each in unsplit(records, run) if float(each.values["share"]) > UNSPLIT_LIMIT]
     return broken + _missing(records, run) + _tokens(records, run)
+
+
+def unsplit(records: Sequence[Record], run: Run) -> list[Broken]:
+    """Where a disaggregated arm completed requests without a hand-off: prefill and decode on one worker.
+
+    Above UNSPLIT_LIMIT it breaks a guard; below, it is worth a note. Outputs of one token have nothing to hand over.
+    """
+    split = {arm.name for arm in run.arms if arm.deployment.disaggregated}
+    counts: dict[tuple[str, str, float], list[bool]] = defaultdict(list)
+    for record in records:
+        if record.arm in split and record.ok and record.output_len > 1:
+            counts[record.phase, record.arm, record.rate].append(record.handoff_bytes == 0)
+    found = []
+    for (phase, arm, rate), without in counts.items():
+        num, of = sum(without), len(without)
+        if num:
+            values: Values = {"arm": arm, "rate": rate, "num": num, "of": of, "share": num / of}
+            found.append(Broken("unsplit", values, phase, rate))
+    return found
 
 
 def _failures(phase: str, arm: str, rate: float, group: Sequence[Record]) -> list[Broken]:
@@ -102,7 +123,7 @@ def _failures(phase: str, arm: str, rate: float, group: Sequence[Record]) -> lis
 
 
 def _drift(arm: str, group: Sequence[Record]) -> list[Broken]:
-    """The same requests in the first and the last repeat, between which the whole run lies."""
+    """The same requests in the first and the last repeat, between which all the load lies."""
     repeats = sorted({record.repeat for record in group})
     first, last = (Stat.of(r.e2e_s for r in group if r.repeat == repeat).p50 for repeat in (repeats[0], repeats[-1]))
     if not first or not last or abs(last / first - 1) <= DRIFT_LIMIT:

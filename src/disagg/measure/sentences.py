@@ -74,6 +74,9 @@ SENTENCES: dict[str, dict[str, str]] = {
         "time_scale": "Times of {trace} were multiplied by {factor:.3g} in the first repeat: {from_rate:.3g} "
         "requests/s became {rate:.3g} on average, and the busiest tenth of the window runs at {burst:.1f} times that; "
         "gaps above 30 s in the original window: {long_gaps}.",
+        "trace_short": "{asked} requests were wanted from {trace}, which holds {rows}: a block replays those only.",
+        "overlap": "Repeats at {rate:.3g} requests/s overlap, as {trace} holds only {rows} requests: {num} of {of} in "
+        "these repeats had been replayed in an earlier one, so they are not independent.",
         # set-up
         "oversubscribed": "{arm} has more workers than the budget has devices: they share, and are slower for it.",
         "alive": "All arms stay loaded while one is driven; an idle worker sleeps and costs memory, not time.",
@@ -87,6 +90,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "{after}. Give --rate to choose.",
         "capacity": "Capacity of {arm}: {rate:.3g} requests/s ({tokens:.4g} output tokens/s), with {in_flight} "
         "requests kept in flight for {window_s:.1f} s.",
+        "capacity_ramp": "Requests were too slow for the measuring window of {arm} to open within {window_s:.1f} s, so "
+        "its capacity includes the ramp at the start and is too low rather than too high.",
         "slo_default": "SLO by default: TTFT {ttft_x:g} times and TPOT {tpot_x:g} times the unloaded median of {arm}, "
         "rounded up to two digits: ttft {ttft_ms:g} ms, tpot {tpot_ms:g} ms.",
         "unequal": "{arm} differs from {base} in {field}: {theirs} instead of {ours}.",
@@ -96,6 +101,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "missing": "{arm} at {rate:g} requests/s, repeat {repeat}, has {num} records for {of} requests.",
         "drift": "{arm} drifted: the same requests took {change:+.0%} at the end of the run (limit {limit:.0%}).",
         "tokens": "{num} of {of} requests gave different tokens in {arm} than in {base}.",
+        "unsplit": "{num} of {of} requests in {arm} at {rate:g} requests/s (0: one at a time) had no hand-off: they were "
+        "not disaggregated ({share:.1%}; above 5 % the part is void).",
         "incomplete": "The run was cut off before it ended.",
         # overall
         "overall_void": "No verdict: the run is void.",
@@ -116,6 +123,9 @@ SENTENCES: dict[str, dict[str, str]] = {
         "length_scale": "trace 的长度乘以 {scale:.3g}（上下文为 {max_len} token）；另有 {num}/{of} 个请求被截短。",
         "time_scale": "首次重复中 {trace} 的时间乘以 {factor:.3g}：{from_rate:.3g} 请求/s 变为平均 {rate:.3g} 请求/s，"
         "窗口内最忙的十分之一是平均值的 {burst:.1f} 倍；原窗口中超过 30 s 的间隔：{long_gaps} 个。",
+        "trace_short": "需要 {trace} 中的 {asked} 个请求，但它只有 {rows} 个：每段只重放这些。",
+        "overlap": "{rate:.3g} 请求/s 的各次重复有重叠，因为 {trace} 只有 {rows} 个请求：这些重复的 {of} 个请求中有 {num} 个"
+        "已在先前的重复中重放过，故它们并不独立。",
         "oversubscribed": "{arm} 的 worker 多于预算中的设备：它们共享设备，因而更慢。",
         "alive": "驱动某一臂时，其余各臂保持加载；空闲的 worker 休眠，只占内存，不占时间。",
         "tuned": "{arm} 每步 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",
@@ -125,6 +135,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "fewer_loads": "容量为 {rate:.3g} 请求/s 时，负载 {before} 耗时过长；实测：{after}。可用 --rate 指定。",
         "capacity": "{arm} 的容量：{rate:.3g} 请求/s（{tokens:.4g} 输出 token/s），在 {window_s:.1f} s 内保持 "
         "{in_flight} 个请求在途。",
+        "capacity_ramp": "{arm} 的请求太慢，测量窗口在 {window_s:.1f} s 内未能打开，故其容量包含起始的爬升段，"
+        "宁可偏低而非偏高。",
         "slo_default": "默认 SLO：TTFT 为 {arm} 空载中位数的 {ttft_x:g} 倍，TPOT 为 {tpot_x:g} 倍，"
         "向上取两位有效数字：ttft {ttft_ms:g} ms，tpot {tpot_ms:g} ms。",
         "unequal": "{arm} 与 {base} 在 {field} 上不同：{theirs}，而非 {ours}。",
@@ -133,6 +145,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "missing": "{arm} 在 {rate:g} 请求/s 的第 {repeat} 次重复中，{of} 个请求只有 {num} 条记录。",
         "drift": "{arm} 发生漂移：同样的请求在运行结束时耗时变化 {change:+.0%}（上限 {limit:.0%}）。",
         "tokens": "{of} 个请求中有 {num} 个在 {arm} 中的 token 与 {base} 不同。",
+        "unsplit": "{arm} 在 {rate:g} 请求/s（0 表示逐个处理）时，{of} 个请求中有 {num} 个没有 KV 传输：它们并未分离"
+        "（{share:.1%}；超过 5 % 则该部分无效）。",
         "incomplete": "运行在结束前被中断。",
         "overall_void": "无结论：本次运行无效。",
         "overall": "负载下 {other} 对 {base}：{num} 个到达率中，goodput 更好 {better} 个，更差 {worse} 个，"

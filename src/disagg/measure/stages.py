@@ -85,15 +85,16 @@ def _round_up(value: float) -> float | None:
 
 def measure_capacity(
     cluster: Driven, arm: str, source: Source, clock: Clock, unloaded_s: float, seconds: float
-) -> Capacity:
+) -> tuple[Capacity, list[Note]]:
     """Requests/s when saturated: 8 to 32 requests in flight, fewer the longer one takes alone (`unloaded_s`).
 
-    Lasts about `seconds` for short requests and is cut off at six times that for long ones.
+    Lasts about `seconds` for short requests and is cut off at six times that for long ones; a note says when the ramp is in it.
     """
     in_flight = max(8, min(32, round(8 / unloaded_s)))
     workload = source.alone(4 * in_flight)
     burst = run_saturated(cluster, workload, clock, in_flight, seconds, 6 * seconds)
-    return Capacity(arm, burst.rate, burst.tokens_per_s, in_flight, burst.window_s)
+    notes = [Note("capacity_ramp", {"arm": arm, "window_s": burst.window_s})] if burst.with_ramp else []
+    return Capacity(arm, burst.rate, burst.tokens_per_s, in_flight, burst.window_s), notes
 
 
 def chunk_candidates(settings: Settings) -> list[int]:

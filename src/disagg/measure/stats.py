@@ -76,17 +76,3 @@ def repeats_needed(interval: Interval, margin: float, confidence: float = CONFID
         if t_factor(num, confidence) * interval.spread / math.sqrt(num) < wanted:
             return max(1, num - interval.num)
     return None
-
-
-def batch_means(values: Sequence[float], num_batches: int) -> list[float]:
-    """Means of `num_batches` neighbouring, equally long batches; the remainder at the front is left out as warm-up.
-
-    Values in order of arrival. When batches are long against the correlation, their means are nearly independent and
-    `mean_interval` of them is valid within one long run (20 batches at load 0.9 need thousands of requests). Raises
-    ValueError when there are fewer values than batches.
-    """
-    length = len(values) // num_batches
-    if length == 0:
-        raise ValueError(f"{len(values)} values cannot make {num_batches} batches")
-    kept = np.asarray(values[len(values) - length * num_batches :], dtype=float)
-    return [float(value) for value in kept.reshape(num_batches, length).mean(axis=1)]

@@ -8,7 +8,7 @@ import msgspec
 
 from disagg.errors import InputError
 from disagg.measure import metrics
-from disagg.measure.guards import Broken, differences, mismatches, run_guards
+from disagg.measure.guards import UNSPLIT_LIMIT, Broken, differences, mismatches, run_guards, unsplit
 from disagg.measure.run import RECORDS, SUMMARY, Arm, Run, read_run
 from disagg.measure.sentences import say, sentence
 from disagg.measure.stats import Interval, paired_difference, paired_ratio
@@ -46,6 +46,7 @@ def summarize(records: Sequence[Record], run: Run) -> dict[str, Any]:
         _concurrent([r for r in records if r.phase == "concurrent" and r.rate == rate], run, rate, broken)
         for rate in rates
     ]
+    seldom = [each for each in unsplit(records, run) if float(each.values["share"]) <= UNSPLIT_LIMIT]
     tuned = [run.capacity[0].arm] if run.capacity else []
     summary = {
         "config": {"settings": run.settings, "arms": run.arms, "rates": run.rates, "duration_s": run.duration_s},
@@ -57,7 +58,7 @@ def summarize(records: Sequence[Record], run: Run) -> dict[str, Any]:
         "slo": run.slo,
         "capacity": run.capacity,
         "tuning": run.tuning,
-        "notes": _notes(run.notes),
+        "notes": _notes(run.notes) + _reasons(seldom),
         "parity": differences(run.arms, tuned),
         "token_mismatches": {arm: wrong for arm, (wrong, _) in mismatches(records, run.arms[0].name).items()},
         "sequential": _sequential(sequential, run, broken),
@@ -238,12 +239,23 @@ def _repeats(records: Sequence[Record]) -> dict[int, list[Record]]:
 
 
 def _paired(metric: str, base: Sequence[Record], other: Sequence[Record]) -> Interval | None:
-    """other / base - 1 from the repeats in which both arms have a value. None without one."""
+    """other / base - 1 from the repeats in which both arms have a value. None without one.
+
+    Latencies are those of the requests that both completed: an arm that lost its slowest requests must not gain by it.
+    """
+    if metric != "throughput":
+        shared = _completed_keys(base) & _completed_keys(other)
+        base, other = ([r for r in found if (r.repeat, r.index) in shared] for found in (base, other))
     ours, theirs = _repeats(base), _repeats(other)
     value = _PER_REPEAT[metric]
     pairs = [(value(ours[number]), value(theirs[number])) for number in ours if number in theirs]
     kept = [(one, two) for one, two in pairs if one and two]
     return paired_ratio([one for one, _ in kept], [two for _, two in kept]) if kept else None
+
+
+def _completed_keys(records: Sequence[Record]) -> set[tuple[int, int]]:
+    """Which requests of one phase and rate were completed."""
+    return {(record.repeat, record.index) for record in metrics.completed(records)}
 
 
 def _goodput_difference(base: Sequence[Record], other: Sequence[Record], run: Run) -> Interval:

@@ -177,10 +177,11 @@ def replay(
 
     Repeat r takes the r-th window of `num` rows, wrapping at the end, so repeats differ in traffic and all arms of a
     repeat meet the same. Times are scaled so that the window's mean rate is `rate`: its bursts stay as they are in
-    proportion, and the note says how large they are. `scale` multiplies lengths; None fits them to the context.
+    proportion, and the note says how large they are. `scale` multiplies lengths; None fits them to the context. Notes
+    also state a trace that is too short: for one window, or for windows that do not overlap.
     """
-    num = min(num, len(trace.rows))
-    start = repeat * num % (len(trace.rows) - num + 1)
+    asked, num = num, min(num, len(trace.rows))
+    start = _start(trace, num, repeat)
     window = trace.rows[start : start + num]
     scale = fit_scale(trace, limits.max_len) if scale is None else scale
     rng = np.random.default_rng((seed, repeat))
@@ -192,7 +193,25 @@ def replay(
         num_cut += (prompt_len, output_len) != wanted
         rows.append(Row(index, at, _prompt(row, prompt_len, scale, limits, seed, rng), output_len))
     lengths = Note("length_scale", {"scale": scale, "max_len": limits.max_len, "num": num_cut, "of": num})
-    return Workload(seed, rate, repeat, tuple(rows), (*trace.notes, lengths, *time_note))
+    return Workload(seed, rate, repeat, tuple(rows), (*trace.notes, lengths, *_short(trace, rate, asked, repeat), *time_note))
+
+
+def _start(trace: Trace, num: int, repeat: int) -> int:
+    """The first row of a repeat's window."""
+    return repeat * num % (len(trace.rows) - num + 1)
+
+
+def _short(trace: Trace, rate: float, asked: int, repeat: int) -> list[Note]:
+    """What a trace with too few rows for `asked` requests, or for so many repeats of them, did to this one."""
+    num, notes = min(asked, len(trace.rows)), []
+    values: dict[str, float | int | str] = {"trace": trace.name, "rate": rate, "rows": len(trace.rows)}
+    if asked > num:
+        notes.append(Note("trace_short", values | {"asked": asked}))
+    start = _start(trace, num, repeat)
+    taken = {row for each in range(repeat) for row in range(first := _start(trace, num, each), first + num)}
+    if seen := len(taken & set(range(start, start + num))):
+        notes.append(Note("overlap", values | {"num": seen, "of": num}))
+    return notes
 
 
 def _prompt(

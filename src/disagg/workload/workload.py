@@ -136,10 +136,3 @@ def write_workloads(path: Path, workloads: Iterable[Workload]) -> None:
     with path.open("ab") as file:
         for workload in workloads:
             file.write(encoder.encode(workload) + b"\n")
-
-
-def read_workloads(path: Path) -> list[Workload]:
-    """The workloads of a file, in order."""
-    decoder = msgspec.json.Decoder(Workload)
-    with path.open("rb") as file:
-        return [decoder.decode(line) for line in file]
