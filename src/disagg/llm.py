@@ -111,8 +111,9 @@ class LLM:
                     place, (prompt, each) = waiting.popleft()
                     live[self._submit(prompt, each, place)] = place
                 for update in self._poll(live):
-                    if (place := live.get(update.request_id)) is None:
+                    if update.request_id not in live:
                         continue  # it met a stop string in an earlier update
+                    place = live[update.request_id]
                     text = self._take(completions[place], streams[place], update)
                     if completions[place].record is not None:
                         del live[update.request_id], self._news[update.request_id]

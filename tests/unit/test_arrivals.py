@@ -1,3 +1,4 @@
+import msgspec
 import numpy as np
 import pytest
 
@@ -7,6 +8,7 @@ from disagg.workload.lengths import Lengths
 from disagg.workload.workload import (
     Limits,
     Shape,
+    Workload,
     cut,
     one_at_a_time,
     open_loop,

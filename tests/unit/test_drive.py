@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 from fake_cluster import FakeCluster
 
 from disagg.clock import ManualClock
 from disagg.config import Budget, Deployment, EngineSpec
-from disagg.measure import metrics
+from disagg.errors import DisaggError
+from disagg.measure import metrics, stages
 from disagg.measure.drive import LEAD_S, Label, run_one_at_a_time, run_open_loop, run_saturated
 from disagg.workload.workload import Row, Workload
 
@@ -103,3 +106,22 @@ def test_saturation_is_bounded():
     burst = run_saturated(_fake(clock, prefill_s=4.0), _workload(0), clock, 8, 2.0, 10.0)
     assert burst.window_s == pytest.approx(10.0, abs=0.06)
     assert burst.tokens_per_s == pytest.approx(0.6, abs=0.01)  # two requests of three tokens
+    assert burst.with_ramp
+
+
+def test_no_token_is_no_capacity():
+    """A rate of zero would divide by zero later: it is refused, with what to do."""
+    clock = ManualClock()
+    with pytest.raises(DisaggError, match=r"No token came within 10 s .*--prompt-len.*\.$"):
+        run_saturated(_fake(clock, prefill_s=40.0), _workload(0), clock, 8, 2.0, 10.0)
+
+
+def test_a_capacity_with_its_ramp_says_so():
+    """The note is there when the window did not open, and only then."""
+    source = SimpleNamespace(alone=lambda num: _workload(*[0] * num))
+    for prefill_s, keys in ((0.01, []), (4.0, ["capacity_ramp"])):
+        clock = ManualClock()
+        fake = _fake(clock, prefill_s=prefill_s)
+        found, notes = stages.measure_capacity(fake, "2C", source, clock, prefill_s, 3.0)
+        assert found.rate > 0
+        assert [note.key for note in notes] == keys

@@ -189,6 +189,41 @@ def test_drift_between_first_and_last_repeat():
     assert (broken.key, broken.values["change"]) == ("drift", pytest.approx(0.4))
 
 
+def _handing(num_without, of=40):
+    records = [_record("1P1D", 0, 1.0, index) for index in range(of)]
+    for record in records:
+        record.output_len, record.handoff_bytes = 2, 0 if record.index < num_without else 100
+    return records
+
+
+def test_an_arm_that_did_not_disaggregate_is_noticed():
+    """More than 5 % without a hand-off make the part void; fewer are stated; one-token outputs and 2C need none."""
+    (broken,) = run_guards(_handing(3), _run())
+    assert (broken.key, broken.phase, broken.values["num"], broken.values["of"]) == ("unsplit", "sequential", 3, 40)
+    assert summarize(_handing(3), _run())["sequential"]["void"][0]["key"] == "unsplit"
+    seldom = summarize(_handing(2), _run())
+    assert seldom["sequential"]["void"] == []
+    assert [note["key"] for note in seldom["notes"]] == ["unsplit"]
+    fine = _handing(40)
+    for record in fine[:20]:
+        record.output_len = 1
+    for record in fine[20:]:
+        record.arm = "2C"
+    assert run_guards(fine, _run()) == []
+
+
+def test_latency_is_compared_over_what_both_completed():
+    """Equal arms, of which one lost its slow request: no difference, where separate means would show a gain."""
+    records = []
+    for repeat in range(3):
+        for arm in ("2C", "1P1D"):
+            records += [_record(arm, repeat, 1.0, 0), _record(arm, repeat, 9.0, 1)]
+        records[-1].finish_reason = "abort"
+    summary = summarize(records, _run())
+    assert summary["sequential"]["relative_difference"]["estimate"] == pytest.approx(0)
+    assert summary["sequential"]["arms"]["2C"]["total_s"]["mean"] == 5.0
+
+
 def test_an_interrupted_run_is_void():
     """What was measured is kept and shown, without a verdict."""
     run = _run()
@@ -256,6 +291,19 @@ def test_tuning(tmp_path):
     assert run.arms[0].engine.max_batch_tokens == 512  # the fake does not care, so what was asked for stays
     assert all(fake.closed for fake in started)
     assert "tuned" in {note["key"] for note in summary["notes"]}
+
+
+def test_one_configuration_is_judged(tmp_path, monkeypatch):
+    """Every judged request, the first sequential repeat's too, runs on the arm as it is after the search."""
+    monkeypatch.setattr(stages, "best_trial", lambda trials: trials[-1])
+    run, summary, started = _compare(tmp_path, msgspec.structs.replace(QUICK, tune=True))
+    assert run.arms[0].engine.max_batch_tokens == 128
+    last = [fake for fake in started if not fake.deployment.disaggregated][-1]
+    first_at = min(r.sent_at for r in read_records(tmp_path / RECORDS))
+    others = [fake for fake in started if fake is not last and not fake.deployment.disaggregated]
+    assert last.engine.max_batch_tokens == 128
+    assert all(at < first_at for fake in others for _, at in fake.sent)
+    assert summary["sequential"]["arms"]["2C"]["completed"] == 15
 
 
 def test_best_trial():
@@ -330,7 +378,7 @@ def test_workers_are_stopped_when_a_run_breaks(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "measure_capacity", interrupt)
+    monkeypatch.setattr(stages, "choose_rates", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _compare(tmp_path)
     assert sorted(closed) == ["1P1D", "2C"]

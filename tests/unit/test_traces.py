@@ -180,6 +180,21 @@ def test_repeats_take_other_windows():
     assert firsts == [10, 14, 11]
 
 
+def test_overlapping_repeats_are_stated():
+    """The third window's four rows were replayed before; a trace that is too short is replayed whole, each time."""
+    trace = _trace([(10 + i, 5) for i in range(10)])
+    found = [_notes(replay(trace, 1.0, 4, repeat, 42, LIMITS)) for repeat in range(3)]
+    assert [each.get("overlap", {}).get("num") for each in found] == [None, None, 4]
+    first, second = (_notes(replay(trace, 1.0, 12, repeat, 42, LIMITS)) for repeat in range(2))
+    assert (first["trace_short"]["asked"], first["trace_short"]["rows"]) == (12, 10)
+    assert "overlap" not in first
+    assert (second["overlap"]["num"], second["overlap"]["of"]) == (10, 10)
+
+
+def _notes(workload):
+    return {note.key: note.values for note in workload.notes}
+
+
 def test_limit(tmp_path):
     """Only the first rows are read, so a bad row beyond them does not matter."""
     path = _file(tmp_path, _mooncake(5, 1) + "nonsense\n")

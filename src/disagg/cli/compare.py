@@ -112,9 +112,7 @@ Examples:
 @click.option(
     "--arms", default=",".join(_SETTINGS.arms), show_default=True, help="2C: two colocated; 3P1D: 3 + 1 apart."
 )
-@click.option(
-    "--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N."
-)
+@click.option("--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N.")
 @click.option(
     "--repeats", type=int, help=f"Paired repeats (default: {_SETTINGS.repeats}; {QUICK['repeats']} if quick)."
 )

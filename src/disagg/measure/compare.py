@@ -6,8 +6,8 @@
 
 All arms stay loaded and one is driven at a time: an idle worker sleeps in its poll and costs memory, not time. So arms
 can alternate from block to block, and slow drift of the machine meets all of them alike. The last sequential repeat
-runs at the very end, so a drift of the machine is seen (`guards`). What is judged comes after the last restart: each arm
-has one configuration throughout.
+runs at the very end, so a drift of the machine is seen (`guards`). What is judged comes after the last restart: each
+arm has one configuration throughout.
 """
 
 import contextlib

@@ -101,8 +101,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "missing": "{arm} at {rate:g} requests/s, repeat {repeat}, has {num} records for {of} requests.",
         "drift": "{arm} drifted: the same requests took {change:+.0%} at the end of the run (limit {limit:.0%}).",
         "tokens": "{num} of {of} requests gave different tokens in {arm} than in {base}.",
-        "unsplit": "{num} of {of} requests in {arm} at {rate:g} requests/s (0: one at a time) had no hand-off: they were "
-        "not disaggregated ({share:.1%}; above 5 % the part is void).",
+        "unsplit": "{num} of {of} requests in {arm} at {rate:g} requests/s (0: one at a time) had no hand-off: they "
+        "were not disaggregated ({share:.1%}; above 5 % the part is void).",
         "incomplete": "The run was cut off before it ended.",
         # overall
         "overall_void": "No verdict: the run is void.",
@@ -124,8 +124,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "time_scale": "首次重复中 {trace} 的时间乘以 {factor:.3g}：{from_rate:.3g} 请求/s 变为平均 {rate:.3g} 请求/s，"
         "窗口内最忙的十分之一是平均值的 {burst:.1f} 倍；原窗口中超过 30 s 的间隔：{long_gaps} 个。",
         "trace_short": "需要 {trace} 中的 {asked} 个请求，但它只有 {rows} 个：每段只重放这些。",
-        "overlap": "{rate:.3g} 请求/s 的各次重复有重叠，因为 {trace} 只有 {rows} 个请求：这些重复的 {of} 个请求中有 {num} 个"
-        "已在先前的重复中重放过，故它们并不独立。",
+        "overlap": "{rate:.3g} 请求/s 的各次重复有重叠，因为 {trace} 只有 {rows} 个请求：这些重复的 {of} 个请求中"
+        "有 {num} 个已在先前的重复中重放过，故它们并不独立。",
         "oversubscribed": "{arm} 的 worker 多于预算中的设备：它们共享设备，因而更慢。",
         "alive": "驱动某一臂时，其余各臂保持加载；空闲的 worker 休眠，只占内存，不占时间。",
         "tuned": "{arm} 每步 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",

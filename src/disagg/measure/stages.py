@@ -88,7 +88,8 @@ def measure_capacity(
 ) -> tuple[Capacity, list[Note]]:
     """Requests/s when saturated: 8 to 32 requests in flight, fewer the longer one takes alone (`unloaded_s`).
 
-    Lasts about `seconds` for short requests and is cut off at six times that for long ones; a note says when the ramp is in it.
+    Lasts about `seconds` for short requests and is cut off at six times that for long ones; a note says when the
+    ramp is in it.
     """
     in_flight = max(8, min(32, round(8 / unloaded_s)))
     workload = source.alone(4 * in_flight)

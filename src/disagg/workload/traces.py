@@ -193,7 +193,8 @@ def replay(
         num_cut += (prompt_len, output_len) != wanted
         rows.append(Row(index, at, _prompt(row, prompt_len, scale, limits, seed, rng), output_len))
     lengths = Note("length_scale", {"scale": scale, "max_len": limits.max_len, "num": num_cut, "of": num})
-    return Workload(seed, rate, repeat, tuple(rows), (*trace.notes, lengths, *_short(trace, rate, asked, repeat), *time_note))
+    notes = (*trace.notes, lengths, *_short(trace, rate, asked, repeat), *time_note)
+    return Workload(seed, rate, repeat, tuple(rows), notes)
 
 
 def _start(trace: Trace, num: int, repeat: int) -> int:
@@ -207,9 +208,8 @@ def _short(trace: Trace, rate: float, asked: int, repeat: int) -> list[Note]:
     values: dict[str, float | int | str] = {"trace": trace.name, "rate": rate, "rows": len(trace.rows)}
     if asked > num:
         notes.append(Note("trace_short", values | {"asked": asked}))
-    start = _start(trace, num, repeat)
-    taken = {row for each in range(repeat) for row in range(first := _start(trace, num, each), first + num)}
-    if seen := len(taken & set(range(start, start + num))):
+    *earlier, ours = (range(start, start + num) for start in (_start(trace, num, each) for each in range(repeat + 1)))
+    if seen := len(set(ours).intersection(set().union(*earlier))):
         notes.append(Note("overlap", values | {"num": seen, "of": num}))
     return notes
 
