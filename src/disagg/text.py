@@ -36,10 +36,10 @@ class TextStream:
         self._held += self._detokenizer.push(ids)
         if final:
             self._held += self._detokenizer.flush()
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:  # the one that was complete first, however the text was cut into tokens
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self._held = self._held[: min(found)[1]], ""
             return text
         keep = 0 if final else self._undecided()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

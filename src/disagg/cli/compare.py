@@ -198,11 +198,10 @@ def _settings(options: dict[str, Any]) -> runs.Settings:
 
 def _headline(run: runs.Run) -> str:
     """What is compared on what, in one line."""
-    engine, unit = run.settings.engine, {"cpu": "core", "cuda": "GPU"}
+    engine = run.settings.engine
     placed = []
     for arm in run.arms:
-        kind = unit[arm.deployment.budget.kind]
-        homes = (f"{worker.name} on {kind} {'+'.join(map(str, worker.devices))}" for worker in arm.deployment.workers)
+        homes = (f"{worker.name} on core {'+'.join(map(str, worker.devices))}" for worker in arm.deployment.workers)
         placed.append(f"{arm.name} ({', '.join(homes)})")
     return f"{engine.model}, {engine.dtype}, seed {run.settings.seed}: {' against '.join(placed)}"
 
