@@ -33,7 +33,7 @@ def _workers():
             words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue  # it has just ended
-        if b"disagg.cluster.worker" in words:
+        if b"disagg.cluster.worker_process" in words:
             found.add(int(folder.name))
     return found
 
