@@ -1,9 +1,7 @@
 """`disagg check`: is this deployment healthy on this machine? Devices, transport, canary, pages."""
 
-import importlib.util
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +10,7 @@ from rich.table import Table
 
 from disagg.clock import WallClock
 from disagg.config import Budget, Deployment, Dtype, EngineSpec
+from disagg.measure.run import cpu_name
 
 _SLOW_SHARE = 0.3  # of memcpy: below it something is in the way
 _SETTLE_S = 5.0
@@ -73,7 +72,7 @@ def _examine(deployment: Deployment, engine: EngineSpec, progress: Any) -> dict[
         "healthy": not faults,
         "deployment": deployment.name,
         "budget": str(deployment.budget),
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "workers": [msgspec.to_builtins(worker) for worker in deployment.workers],
         "transport": {
             **msgspec.to_builtins(path),
@@ -100,8 +99,6 @@ def _settled(cluster: Any) -> list[Any]:
 def _warnings(deployment: Deployment, share: float) -> list[str]:
     """What works and is slower than it need be."""
     warnings = []
-    if importlib.util.find_spec("numba") is None:
-        warnings.append("numba is not installed, so the CPU kernels fall back to slow ones: pip install numba.")
     if deployment.oversubscribed:
         warnings.append(f"{len(deployment.workers)} workers share {deployment.budget}: they slow one another down.")
     if share < _SLOW_SHARE:
@@ -109,13 +106,6 @@ def _warnings(deployment: Deployment, share: float) -> list[str]:
             f"Pages move at {share:.0%} of the speed of memory: is something else using these cores or their memory?"
         )
     return warnings
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown CPU"
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -151,7 +151,7 @@ def environment() -> dict[str, str | int | float | dict[str, str]]:
     """The machine and the versions that a result depends on."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(cores),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -167,7 +167,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name as Linux gives it, else what Python knows."""
     info = Path("/proc/cpuinfo")
     if info.exists():
