@@ -188,6 +188,10 @@ class Cluster:
                 seat.draining = False  # said; should it not have heard, its next Draining starts anew
         return updates
 
+    def watch(self, fd: int) -> None:
+        """Let `poll` return early while this file descriptor is readable: how another thread calls the one that polls."""
+        self._mailbox.watch(fd)
+
     @property
     def num_live(self) -> int:
         """Requests that are not over."""
