@@ -51,6 +51,22 @@ class Facts(msgspec.Struct, array_like=True):
     spans: list[Span] = []
 
 
+class Estimate(msgspec.Struct, frozen=True, array_like=True):
+    """What the router expected of a route, in seconds. The first three are the request's own, in this order."""
+
+    prefill_worker: str
+    decode_worker: str
+    queue_s: float  # until its prefill begins
+    prefill_s: float
+    handoff_s: float  # until it can go on where it decodes
+    stall_s: float  # what requests that decode beside the prefill lose meanwhile, all together
+
+    @property
+    def total_s(self) -> float:
+        """What routes are compared by."""
+        return self.queue_s + self.prefill_s + self.handoff_s + self.stall_s
+
+
 class Record(msgspec.Struct, kw_only=True):
     """One request's outcome. Times are seconds on the run's clock; None means it never came to that."""
 
@@ -65,8 +81,10 @@ class Record(msgspec.Struct, kw_only=True):
     phase: str = ""  # which part of the comparison it belongs to: "sequential" or "concurrent"
     rate: float = 0.0  # requests/s asked for in that part; 0: one at a time
     repeat: int = 0
-    prefill_worker: str = ""
-    decode_worker: str = ""
+    prefill_worker: str = ""  # of the last attempt
+    decode_worker: str = ""  # that which wrote the tokens, when the hand-off failed too
+    num_attempts: int = 1  # how often it was sent to workers: more than once when one of them died
+    estimates: list[Estimate] = []  # routes that a policy weighed by time, the one it took first
 
     scheduled_at: float = 0.0  # when the workload wanted it sent: latency counts from here
     sent_at: float | None = None  # when the client really sent it
