@@ -189,7 +189,7 @@ class Cluster:
         return updates
 
     def watch(self, fd: int) -> None:
-        """Let `poll` return early while this file descriptor is readable: how another thread calls the one that polls."""
+        """Let `poll` return early while this file descriptor is readable: another thread has something to say."""
         self._mailbox.watch(fd)
 
     @property
