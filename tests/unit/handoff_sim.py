@@ -6,6 +6,7 @@ next token. So a page that is reused early, copied late, lost or damaged changes
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 from disagg.cache.pages import PagePool
 from disagg.cluster import messages as m
@@ -112,6 +113,8 @@ class Wire:
 class Sim:
     """One worker: as cluster/worker.py, without processes."""
 
+    ahead = False
+
     def __init__(self, world, name, pages, offset=0.0, clock_name="host", layout=LAYOUT, **options):
         self.world, self.name = world, name
         self.clock = Shifted(world.clock, offset)
@@ -204,6 +207,9 @@ class Sim:
                 self.offered.add(request.id)
                 self.giving.begin(self.jobs[request.id][0], request)
 
+    def launch(self, batch):
+        return partial(self.run, batch)
+
     def run(self, batch):
         """The model: K and V are written into the pages, the next token is read back through them."""
         for request in batch.decodes:
@@ -228,7 +234,8 @@ class Sim:
         self.flush()
         for chunk in stepped.batch.chunks:
             if chunk.request.decode_elsewhere and chunk.request.finish_reason is None:
-                self.giving.advanced(handoff_id(self.jobs[chunk.request.id][0]))
+                handoff = handoff_id(self.jobs[chunk.request.id][0])
+                self.giving.advanced(handoff, chunk.start + chunk.length)
         for request in stepped.finished:
             self.giving.cancel(handoff_id(self.jobs[request.id][0]), "its first token was its last")
             self.end(request, request.finish_reason)

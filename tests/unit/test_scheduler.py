@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from disagg.cache.pages import PageCounts, PageHash, PagePool
 from disagg.cache.prefix import page_hashes
-from disagg.engine.batch import Batch, Output
-from disagg.engine.scheduler import Committed, Scheduler
+from disagg.engine.batch import Batch, Committed, Output
+from disagg.engine.scheduler import Scheduler
 from disagg.errors import InvariantError, RequestError
 from disagg.request import FinishReason, Request, SamplingParams, Status
 
@@ -38,11 +38,12 @@ def request(
     stop_ids: frozenset[int] = frozenset(),
     min_tokens: int = 0,
     decode_elsewhere: bool = False,
+    presence_penalty: float = 0.0,
 ) -> Request:
     """A request; a prompt given as a number has that many tokens, different for each name."""
     if isinstance(prompt, int):
         prompt = random.Random(name).choices(range(VOCABULARY), k=prompt)
-    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens)
+    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, presence_penalty=presence_penalty)
     return Request(name, len(prompt), list(prompt), params, stop_ids, order, decode_elsewhere)
 
 
@@ -60,19 +61,23 @@ def oracle(wanted: Request, max_len: int) -> tuple[list[int], FinishReason]:
 
 @dataclass
 class Work:
-    """What a step was told to compute for one request, as a device would remember it."""
+    """What a step was told to compute for one request, as a device would remember it. Tokens may be still to come."""
 
     request: Request
-    tokens: list[int]
     pages: list[int]
     start: int
+    stop: int
     samples: bool
 
 
 class FakeWorker:
-    """A scheduler and a model with pages; steps are launched by `plan` and take effect in `commit`."""
+    """A scheduler and a model with pages; steps are launched by `plan` and take effect in `commit`.
 
-    def __init__(self, num_pages: int = 64, page_size: int = 4, **options) -> None:
+    `ahead`: steps are planned on tokens to come, as a device does that keeps them.
+    """
+
+    def __init__(self, num_pages: int = 64, page_size: int = 4, ahead: bool = False, **options) -> None:
+        self.ahead = ahead
         self.pool = PagePool(num_pages, page_size)
         self.scheduler = Scheduler(self.pool, **({"max_batch_tokens": 64, "max_running": 8, "max_len": 64} | options))
         self.storage = [[-1] * page_size for _ in range(num_pages)]
@@ -83,7 +88,7 @@ class FakeWorker:
 
     def plan(self) -> Batch | None:
         scheduler = self.scheduler
-        batch = scheduler.plan()
+        batch = scheduler.plan(self.ahead)
         if batch is None:
             return None
         assert batch.num_tokens > 0
@@ -92,24 +97,29 @@ class FakeWorker:
             assert batch.num_tokens <= scheduler.max_batch_tokens
         for preempted in batch.preempted:
             self.planned.pop(preempted.id, None)
-        work = [(r, len(r.tokens) - 1, len(r.tokens), True) for r in batch.decodes]
+        last = self.flying[-1][0].sampling() if self.flying else []
+        for decoding in batch.decodes:
+            early = decoding.num_computed == len(decoding.tokens) + 1
+            assert not early or (self.ahead and decoding in last), "a token to come is one that the last step samples"
+        work = [(r, r.num_computed - 1, r.num_computed, True) for r in batch.decodes]
         work += [(c.request, c.start, c.start + c.length, c.samples) for c in batch.chunks]
         launched = []
         for wanted, start, stop, samples in work:
             assert start == self.planned.get(wanted.id, wanted.num_cached), "positions are computed in order, once"
-            assert samples == (stop == len(wanted.tokens))
+            assert samples == (stop >= len(wanted.tokens))
             assert wanted.num_computed == stop
             self.planned[wanted.id] = stop
-            launched.append(Work(wanted, wanted.tokens[:stop], list(wanted.pages), start, samples))
+            launched.append(Work(wanted, list(wanted.pages), start, stop, samples))
         self.flying.append((batch, launched))
         return batch
 
     def run(self, work: Work) -> int:
-        """Write positions from `start`, read all back through the pages."""
+        """Write positions from `start`, read all back through the pages; garbage for a request that has ended."""
         size = self.pool.page_size
-        for position in range(work.start, len(work.tokens)):
-            self.storage[work.pages[position // size]][position % size] = work.tokens[position]
-        seen = [self.storage[work.pages[n // size]][n % size] for n in range(len(work.tokens))]
+        for position in range(work.start, work.stop):
+            alive = work.request.status is not Status.FINISHED
+            self.storage[work.pages[position // size]][position % size] = work.request.tokens[position] if alive else -1
+        seen = [self.storage[work.pages[n // size]][n % size] for n in range(work.stop)]
         return next_token(seen) if -1 not in seen else 0
 
     def commit(self) -> Committed:
@@ -123,9 +133,11 @@ class FakeWorker:
         return done
 
     def step(self) -> Batch:
+        """One step; with `ahead`, one more is planned before it is committed, and stays in flight."""
         batch = self.plan()
         assert batch is not None
-        self.commit()
+        while len(self.flying) > self.ahead:
+            self.commit()
         self.scheduler.check()
         return batch
 
@@ -156,10 +168,11 @@ class FakeWorker:
     def drain(self) -> None:
         """Until nothing is left. Fails if the scheduler is stuck or leaves a page behind."""
         while not self.scheduler.is_idle:
-            if self.plan() is None and not self.flying:
+            idle = self.plan() is None
+            if idle and not self.flying:
                 assert self.holding, "nothing in flight, nothing to wait for, nothing planned"
                 self.release(self.holding[0])
-            while self.flying:
+            while len(self.flying) > (self.ahead and not idle):
                 self.commit()
             self.scheduler.check()
         assert self.pool.counts().held == 0
@@ -667,6 +680,100 @@ def test_abort_may_give_another_reason() -> None:
     assert ended.finish_reason is FinishReason.STOP
 
 
+# Running ahead
+
+
+def test_next_step_is_planned_before_the_last_token_is_known() -> None:
+    """Prompt and decode alike; a request that cannot go on by count is left out, so nothing is computed in vain."""
+    worker = FakeWorker(ahead=True)
+    worker.scheduler.add(request("a", 6, max_tokens=3))
+    assert chunks(worker.plan()) == [("a", 0, 6, True)]
+    assert decodes(worker.plan()) == ["a"]
+    assert worker.plan() is None, "two of its tokens are to come"
+    worker.commit()
+    assert decodes(worker.plan()) == ["a"]
+    worker.commit()
+    assert worker.plan() is None, "its third token is its last"
+    worker.commit()
+    assert [r.num_output for r in worker.finished] == [3]
+    assert worker.scheduler.is_idle
+
+
+def test_request_that_stops_early_drops_its_extra_step() -> None:
+    """The token of the step planned on its last one is dropped, and its pages stay held until that is committed."""
+    worker = FakeWorker(ahead=True)
+    wanted = request("a", 6, max_tokens=9, stop_ids=frozenset(range(VOCABULARY)))
+    worker.scheduler.add(wanted)
+    worker.plan()
+    assert decodes(worker.plan()) == ["a"]
+    assert worker.commit().finished == [wanted]
+    assert worker.scheduler.audit() == [("a", Status.FINISHED, [0, 1])]
+    worker.scheduler.check()
+    assert not worker.scheduler.is_idle
+    assert worker.commit() == Committed([], [])
+    assert wanted.num_output == 1
+    assert worker.pool.counts().held == 0
+    assert worker.scheduler.is_idle
+
+
+def test_request_with_penalties_waits_for_its_tokens() -> None:
+    """The host needs all earlier tokens for them; others go on beside it."""
+    worker = FakeWorker(ahead=True)
+    worker.scheduler.add(request("penalised", 3, presence_penalty=1.0))
+    worker.scheduler.add(request("plain", 3, order=1))
+    worker.plan()
+    assert decodes(worker.plan()) == ["plain"]
+    worker.commit()
+    assert decodes(worker.plan()) == ["penalised", "plain"]
+    worker.drain()
+
+
+def test_prefill_for_another_worker_does_not_run_ahead_of_its_first_token() -> None:
+    """Its pages are handed over as they are; told to stay here meanwhile, it goes on as any other."""
+    worker = FakeWorker(ahead=True)
+    elsewhere, staying = (request(name, 3, decode_elsewhere=True) for name in ("elsewhere", "staying"))
+    worker.scheduler.add(elsewhere)
+    worker.scheduler.add(staying)
+    worker.plan()
+    staying.decode_elsewhere = False
+    assert decodes(worker.plan()) == ["staying"]
+    assert worker.commit().holding == [elsewhere]
+    worker.drain()
+    assert staying.tokens == oracle(staying, 64)[0]
+
+
+def test_lack_of_pages_ends_running_ahead_so_that_the_youngest_gives_way() -> None:
+    """While everybody is in flight nobody can be preempted; then it is the youngest, not whoever is not in flight."""
+    worker = FakeWorker(num_pages=4, ahead=True)
+    old, young = request("old", 6, 6), request("young", 6, 6, order=1)
+    worker.scheduler.add(old)
+    worker.scheduler.add(young)
+    worker.plan()
+    worker.plan()
+    worker.commit()
+    worker.plan()
+    worker.commit()
+    assert worker.plan() is None, "position 8 of both needs a page, and there is none"
+    worker.commit()
+    batch = worker.plan()
+    assert (batch.preempted, decodes(batch)) == ([young], ["old"])
+    worker.drain()
+    assert [r.tokens for r in (old, young)] == [oracle(r, 64)[0] for r in (old, young)]
+
+
+def test_abort_with_two_steps_in_flight() -> None:
+    """Both tokens are dropped and the pages are kept until the second is committed."""
+    worker = FakeWorker(ahead=True)
+    worker.scheduler.add(request("a", 3, max_tokens=9))
+    worker.plan()
+    worker.plan()
+    victim = worker.abort("a")
+    worker.commit()
+    assert worker.pool.counts().held == 1
+    worker.commit()
+    assert (worker.pool.counts().held, victim.num_output) == (0, 0)
+
+
 # Contracts at the border
 
 
@@ -726,6 +833,7 @@ OPTIONS = st.fixed_dictionaries(
         "max_running": st.integers(1, 6),
         "chunked_prefill": st.booleans(),
         "prefix_caching": st.booleans(),
+        "ahead": st.booleans(),
     }
 )
 PROMPTS = st.one_of(
@@ -735,12 +843,15 @@ PROMPTS = st.one_of(
 MAX_LEN = 24  # six pages: any one request fits the smallest pool
 
 
-@given(OPTIONS, st.lists(st.tuples(PROMPTS, st.integers(1, 10)), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
-def test_tokens_do_not_depend_on_scheduling(options: dict, wishes: list[tuple[list[int], int]]) -> None:
-    """Chunk size, budget, preemption, sharing and company change when a token is computed, never which."""
+WISHES = st.tuples(PROMPTS, st.integers(1, 10), st.frozensets(st.integers(0, VOCABULARY - 1), max_size=2))
+
+
+@given(OPTIONS, st.lists(WISHES, min_size=1, max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_tokens_do_not_depend_on_scheduling(options: dict, wishes: list[tuple[list[int], int, frozenset[int]]]) -> None:
+    """Chunk size, budget, preemption, sharing, company and running ahead change when a token comes, never which."""
     worker = FakeWorker(max_len=MAX_LEN, **options)
-    wanted = [request(f"r{n}", prompt, count, order=n) for n, (prompt, count) in enumerate(wishes)]
+    wanted = [request(f"r{n}", *wish[:2], order=n, stop_ids=wish[2]) for n, wish in enumerate(wishes)]
     for one in wanted:
         worker.scheduler.add(one)
     worker.drain()
@@ -768,6 +879,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         order=st.integers(0, 9),
         stop_ids=st.frozensets(st.integers(0, VOCABULARY - 1), max_size=1),
         decode_elsewhere=st.booleans(),
+        presence_penalty=st.sampled_from([0.0, 0.0, 0.5]),
     )
     def add(self, prompt: list[int], order: float, **options) -> None:
         self.worker.scheduler.add(self.make(prompt, order, **options))

@@ -126,17 +126,18 @@ class PrefillSide:
         offer = Offer(handoff, self._hello, submit, now, self._lease_s, self._clock_name)
         self._send(submit.decode_on, offer)
 
-    def advanced(self, handoff: str) -> None:
-        """A chunk of this request's prompt was computed: announce the pages that are complete now.
+    def advanced(self, handoff: str, num_computed: int) -> None:
+        """`num_computed` positions of this request's prompt were computed: announce the pages that are complete now.
 
-        With the first token sampled all pages are complete, the last one perhaps half full.
+        Not what is still being computed, which `Request.num_computed` counts too. With the first token sampled all
+        pages are complete, the last one perhaps half full.
         """
         sending = self._table.get(handoff)
         if sending is None or sending.state not in (SendState.OFFERED, SendState.SENDING):
             return
         request, first_page = sending.request, len(sending.pages)
         last = len(request.tokens) > sending.num_known
-        complete = len(request.pages) if last else request.num_computed // self._page_size
+        complete = len(request.pages) if last else num_computed // self._page_size
         pages = request.pages[first_page:complete]
         if not pages:
             return

@@ -240,7 +240,8 @@ class Worker:
         self._flush()  # the first token is on its way to the client before its pages are announced
         for chunk in stepped.batch.chunks:
             if chunk.request.decode_elsewhere and chunk.request.finish_reason is None:
-                self._giving.advanced(handoff_id(self._jobs[chunk.request.id].submit))
+                handoff = handoff_id(self._jobs[chunk.request.id].submit)
+                self._giving.advanced(handoff, chunk.start + chunk.length)
         for request in stepped.finished:
             job = self._jobs[request.id]
             self._giving.cancel(handoff_id(job.submit), "its first token was its last")

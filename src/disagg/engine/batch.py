@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from disagg.request import Request
+from disagg.request import Request, SamplingParams, Status
 
 
 class Chunk(NamedTuple):
@@ -50,3 +50,28 @@ class Output(NamedTuple):
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
+
+
+class Committed(NamedTuple):
+    """What a step changed beyond one more token each."""
+
+    finished: list[Request]  # ended; `finish_reason` is set, pages are released
+    holding: list[Request]  # prefilled for another worker; pages are held until `release`
+
+
+class Holder(NamedTuple):
+    """One line of `Scheduler.audit`."""
+
+    request_id: str
+    status: Status
+    pages: list[int]
+
+
+def output_index(request: Request) -> int:
+    """Which output token the step last planned for `request` samples, from 0. Earlier ones may be still to come."""
+    return request.num_computed - request.prompt_len
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether the next token depends on which the earlier ones are, beyond the logits: penalties do."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

@@ -1,8 +1,16 @@
-"""One worker's loop body: plan, run, commit; and the ledger of what each request took.
+"""One worker's loop body: plan, launch, collect, commit; and the ledger of what each request took.
 
 The engine knows nothing of sockets or of other workers. What it hands back is what happened in one step.
+
+With a runner that can run `ahead`, the next step is launched before the tokens of the last one are collected, so the
+device never waits for the host:
+
+    host      plan 2  launch 2 | collect 1, commit 1, report | plan 3  launch 3 | collect 2, commit 2 ...
+    device    ... step 1 ......| step 2 ..................................| step 3 ...
 """
 
+import math
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -10,19 +18,33 @@ from disagg.clock import Clock
 from disagg.engine.batch import Batch, Output, TokenLogprobs
 from disagg.engine.scheduler import Scheduler
 from disagg.record import Facts, Span
-from disagg.request import FinishReason, Request
+from disagg.request import Request, Status
+
+Collect = Callable[[], Output]
+"""Waits for a launched batch: one token for each of its `sampling()`. Called once, in the order of the launches."""
 
 
 class Runs(Protocol):
-    """Computes a batch: the model on a device, or in the simulator a cost model that advances the clock."""
+    """Computes batches: the model on a device, or in the simulator a cost model that advances the clock.
 
-    def run(self, batch: Batch) -> Output:
-        """One token for each of `batch.sampling()`."""
+    `ahead`: whether it can start a batch on tokens that the one before is still sampling, without waiting for them.
+    """
+
+    ahead: bool
+
+    def launch(self, batch: Batch) -> Collect:
+        """Start `batch`, as its requests are now."""
         ...
 
 
+class _Flight(NamedTuple):
+    batch: Batch
+    collect: Collect
+    launched_at: float
+
+
 class Stepped(NamedTuple):
-    """What one step did. `tokens` are in the order they were sampled, one per request at most."""
+    """What one step did, the oldest in flight. `tokens` are in the order they were sampled, one per request at most."""
 
     batch: Batch
     tokens: list[tuple[Request, int, TokenLogprobs | None]]
@@ -39,27 +61,32 @@ class Engine:
         self.ledger: dict[str, Facts] = {}
         self._runner = runner
         self._clock = clock
+        self._flying: deque[_Flight] = deque()
+        self._collected_at = -math.inf
 
     def step(self, before: Callable[[Batch], None]) -> Stepped | None:
-        """One step, or None when there is nothing to do. `before` sees the batch before it is computed."""
-        batch = self.scheduler.plan()
-        if batch is None:
+        """One step, or None when there is nothing to do. `before` sees each batch before it is launched."""
+        scheduler, runner, flying = self.scheduler, self._runner, self._flying
+        while len(flying) <= runner.ahead and (batch := scheduler.plan(runner.ahead)) is not None:
+            before(batch)
+            launched_at = self._clock.now()
+            flying.append(_Flight(batch, runner.launch(batch), launched_at))
+        if not flying:
             return None
-        before(batch)
-        start = self._clock.now()
-        output = self._runner.run(batch)
-        self._account(batch, start, self._clock.now())
-        sampling = batch.sampling()
-        committed = self.scheduler.commit(batch, output)
+        batch, collect, launched_at = flying.popleft()
+        output = collect()
+        start, self._collected_at = max(launched_at, self._collected_at), self._clock.now()
+        self._account(batch, start, self._collected_at)
         tokens = [
             (request, token, logprobs)
-            for request, token, logprobs in zip(sampling, output.tokens, output.logprobs, strict=True)
-            if request.finish_reason is not FinishReason.ABORT
+            for request, token, logprobs in zip(batch.sampling(), output.tokens, output.logprobs, strict=True)
+            if request.status is Status.RUNNING  # others ended while it was in flight
         ]
+        committed = scheduler.commit(batch, output)
         return Stepped(batch, tokens, committed.finished, committed.holding)
 
     def _account(self, batch: Batch, start: float, end: float) -> None:
-        """Split the step's time over its tokens. Requests aborted meanwhile have left the ledger."""
+        """Split the step's time over its tokens. Requests that ended meanwhile have left the ledger."""
         share = (end - start) / batch.num_tokens
         ledger = self.ledger
         for request in batch.decodes:

@@ -1,5 +1,7 @@
 """One step on the device: a Batch becomes arrays, the model runs, tokens come back."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -16,11 +18,17 @@ from disagg.request import Request, SamplingParams
 class Runner:
     """Runs batches of one loaded model over one storage. Keeps nothing between steps."""
 
+    ahead = False
+
     def __init__(self, loaded: Loaded, storage: KVStorage) -> None:
         self.spec = loaded.spec
         self.storage = storage
         self._model = loaded.model
         self._device = torch.device(loaded.device)
+
+    def launch(self, batch: Batch) -> Callable[[], Output]:
+        """Nothing runs beside the host here: the step is computed when it is collected."""
+        return partial(self.run, batch)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Output:

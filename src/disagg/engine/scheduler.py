@@ -19,34 +19,21 @@ The life of a request:
 step in flight may still write are released when it is committed.
 
 Counts advance in `plan`, tokens arrive in `commit`, and batches are committed in the order they were planned. So steps
-may be planned ahead; for now a request whose token is still to come is left out of the next plan.
+may be planned ahead. Without `ahead`, a request whose token is still to come is left out of the next plan. With it, the
+step after its own may have it, on a token only the device knows (`_early`). Should that token end the request, the
+extra step computes one position for nothing: its token is dropped, its pages are released when it is committed.
 """
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from disagg.cache.pages import PageHash, PagePool
 from disagg.cache.prefix import PrefixCache
-from disagg.engine.batch import Batch, Chunk, Output
+from disagg.engine.batch import Batch, Chunk, Committed, Holder, Output, needs_history
+from disagg.engine.books import check_books
 from disagg.errors import InvariantError, RequestError
 from disagg.request import FinishReason, Request, Status
-
-
-class Committed(NamedTuple):
-    """What a step changed beyond one more token each."""
-
-    finished: list[Request]  # ended; `finish_reason` is set, pages are released
-    holding: list[Request]  # prefilled for another worker; pages are held until `release`
-
-
-class Holder(NamedTuple):
-    """One line of `Scheduler.audit`."""
-
-    request_id: str
-    status: Status
-    pages: list[int]
 
 
 def _age(request: Request) -> tuple[float, str]:
@@ -86,7 +73,7 @@ class Scheduler:
         self._behind: list[Request] = []  # RUNNING, more than one position to plan; in order of admission
         self._ready: list[Request] = []  # RUNNING, one position to plan
         self._flying: deque[Batch] = deque()  # planned, not committed
-        self._aborted: list[Request] = []  # ended, but a batch in flight may still write their pages
+        self._ended: list[Request] = []  # but a batch in flight may still write their pages
         self._preempted: list[Request] = []  # to be reported with the next batch
         self.num_running = 0
 
@@ -178,20 +165,20 @@ class Scheduler:
         for queue in (self._waiting, self._behind, self._ready):
             if request in queue:
                 queue.remove(request)
-        if request in self._in_flight():
-            self._aborted.append(request)
-        self._leave(request, reason)
+        self._leave(request, reason, in_flight=request in self._in_flight())
         return request
 
-    def _leave(self, request: Request, reason: FinishReason | None) -> None:
-        """The only way out: HOLDING or ended, `request` is ours no more."""
+    def _leave(self, request: Request, reason: FinishReason | None, in_flight: bool = False) -> None:
+        """The only way out: HOLDING or ended, `request` is ours no more. Its pages may be, while it is in flight."""
         self.num_running -= request.status is Status.RUNNING
         request.status = Status.FINISHED
         request.finish_reason = reason
         del self._requests[request.id]
         if self._prefix:
             self._prefix.forget(request)
-        if request not in self._aborted:
+        if in_flight:
+            self._ended.append(request)
+        else:
             self._free(request)
 
     def _free(self, request: Request) -> None:
@@ -203,13 +190,15 @@ class Scheduler:
 
     # A step
 
-    def plan(self) -> Batch | None:
+    def plan(self, ahead: bool = False) -> Batch | None:
         """The next step; it must be committed. None: nothing can be done before a commit, a release or a new request.
 
+        `ahead`: also on tokens that the step planned last is still sampling, as a device that keeps them can do.
         `num_computed` already counts the positions of this step when this returns.
         """
         batch = Batch()
-        self._plan_decodes(batch)
+        if not self._plan_decodes(batch, ahead):
+            return None
         self._plan_chunks(batch)
         if not batch.decodes and not batch.chunks:
             return None
@@ -217,25 +206,46 @@ class Scheduler:
         self._flying.append(batch)
         return batch
 
-    def _plan_decodes(self, batch: Batch) -> None:
-        ready = self._ready
+    def _plan_decodes(self, batch: Batch, ahead: bool) -> bool:
+        """Fill `batch.decodes`. False if somebody has to give way for that, which must wait for the step in flight."""
+        candidates, rest = self._ready + (self._early() if ahead else []), []
         limit = min(self.max_running, self.max_batch_tokens)
-        if len(ready) > limit:
-            ready.sort(key=_age)
+        if len(candidates) > limit:
+            candidates.sort(key=_age)
+            candidates, rest = candidates[:limit], candidates[limit:]
         page_size = self.pool.page_size
-        growing = [request for request in ready[:limit] if not request.num_computed % page_size]
+        growing = [request for request in candidates if not request.num_computed % page_size]
         if growing:
+            if ahead and self._flying and len(growing) > self.pool.num_free:
+                return False  # the youngest are in flight: to preempt others instead would be unfair
             self._grow(growing)
-        batch.decodes = ready[:limit]
-        del ready[:limit]
-        for request in batch.decodes:
+            candidates = [request for request in candidates if request.status is Status.RUNNING]
+        for request in candidates:
             request.num_computed += 1
+        batch.decodes = candidates
+        self._ready = [r for r in rest if r.status is Status.RUNNING and r.num_computed < len(r.tokens)]
+        return True
+
+    def _early(self) -> list[Request]:
+        """Those whose next token the last step planned is sampling, and which want another one unless it stops them."""
+        running, max_len, early = Status.RUNNING, self.max_len, []
+        for request in self._flying[-1].sampling() if self._flying else ():
+            num_known, params = len(request.tokens), request.params
+            if (
+                request.num_computed == num_known  # else it is in the step after that, too
+                and num_known + 1 < min(request.prompt_len + params.max_tokens, max_len)
+                and request.status is running
+                and not request.decode_elsewhere
+                and not needs_history(params)
+            ):
+                early.append(request)
+        return early
 
     def _grow(self, growing: list[Request]) -> None:
         """Give a page to each request that has none for its next position, at the cost of the youngest.
 
-        Those preempted are younger than all that stay, so the order of `growing` does not matter. And if not all of
-        `_ready` fits in this step, the rest goes first: nobody moves up who has not been given a page here.
+        Those preempted are younger than all that stay, so the order of `growing` does not matter. And if not all that
+        are ready fit in this step, the rest goes first: nobody moves up who has not been given a page here.
         """
         for request in growing:
             if request.num_computed < len(request.pages) * self.pool.page_size:
@@ -321,12 +331,13 @@ class Scheduler:
         running, max_len, ready = Status.RUNNING, self.max_len, self._ready
         for request, token in zip(sampling, output.tokens, strict=True):
             if request.status is not running:
-                continue  # aborted in flight
+                continue  # it ended while this step was in flight
             tokens, params = request.tokens, request.params
             tokens.append(token)
+            again = request.num_computed == len(tokens)  # the step in flight computes this very token
             num_output = len(tokens) - request.prompt_len
             if token in request.stop_ids and num_output >= params.min_tokens:
-                self._leave(request, FinishReason.STOP)
+                self._leave(request, FinishReason.STOP, again)
                 done.finished.append(request)
             elif num_output >= params.max_tokens or len(tokens) >= max_len:
                 self._leave(request, FinishReason.LENGTH)
@@ -335,10 +346,10 @@ class Scheduler:
                 request.status = Status.HOLDING
                 self.num_running -= 1
                 done.holding.append(request)
-            else:
+            elif not again:
                 ready.append(request)
-        if self._aborted:
-            self._free_aborted()
+        if self._ended:
+            self._free_ended()
         return done
 
     def _publish(self, batch: Batch, prefix: PrefixCache) -> None:
@@ -352,36 +363,22 @@ class Scheduler:
             if request.status is Status.RUNNING:
                 prefix.publish(request, start, start + length)
 
-    def _free_aborted(self) -> None:
+    def _free_ended(self) -> None:
         flying = self._in_flight()
-        for request in self._aborted:
+        for request in self._ended:
             if request not in flying:
                 self._free(request)
-        self._aborted = [request for request in self._aborted if request in flying]
+        self._ended = [request for request in self._ended if request in flying]
 
     # Looking after ourselves
 
     def audit(self) -> list[Holder]:
         """Every request known here and every page it holds, aborted ones with a step in flight included."""
-        return [Holder(r.id, r.status, list(r.pages)) for r in (*self._requests.values(), *self._aborted)]
+        return [Holder(r.id, r.status, list(r.pages)) for r in (*self._requests.values(), *self._ended)]
 
     def check(self, others: Iterable[int] = ()) -> None:
         """Raise InvariantError unless every reference to every page has its holder and every request its place.
 
         `others`: the pages held by anyone else (reservations, reads by other workers), once for each reference.
         """
-        self.pool.check([*others, *(page for holder in self.audit() for page in holder.pages)])
-        sampled = {request for batch in self._flying for request in batch.sampling()}
-        places = Counter((*self._waiting, *self._behind, *self._ready, *(sampled - set(self._aborted))))
-        live = [r for r in self._requests.values() if r.status is not Status.HOLDING]
-        faults = (
-            (places != Counter(live), "a request is in no queue or in two"),
-            (self.num_running != sum(r.status is Status.RUNNING for r in live), "num_running is wrong"),
-            (self._waiting != sorted(self._waiting, key=_age), "the waiting requests are out of order"),
-            (any(r.pages or r.num_computed for r in self._waiting), "a waiting request holds something"),
-            (any(r.num_computed != len(r.tokens) - 1 for r in self._ready), "a ready request is not one behind"),
-            (any(r.num_computed > len(r.pages) * self.pool.page_size for r in live), "a request outgrew its pages"),
-        )
-        for broken, fault in faults:
-            if broken:
-                raise InvariantError(f"Scheduler: {fault} ({self.audit()}).")
+        check_books(self, others)
