@@ -13,7 +13,9 @@ from disagg.request import Request, SamplingParams
 def request(output=(), prompt=(0,), id="r", stop_ids=(), **params):
     params.setdefault("max_tokens", 1000)
     tokens = [*prompt, *output]
-    return Request(id, len(prompt), tokens, SamplingParams(**params), frozenset(stop_ids), 0.0)
+    return Request(
+        id, len(prompt), tokens, SamplingParams(**params), frozenset(stop_ids), 0.0, num_computed=len(tokens)
+    )
 
 
 def draws(logits, count, **params):
@@ -124,9 +126,9 @@ def test_requests_without_a_seed_differ():
 
 def adjusted(logits, **kwargs):
     """One row of logits after penalties."""
-    from disagg.engine.sampler import _adjust
+    from disagg.engine.sampler import adjust
 
-    return _adjust(torch.tensor([logits]), [request(temperature=0, **kwargs)])[0].tolist()
+    return adjust(torch.tensor([logits]), [request(temperature=0, **kwargs)])[0].tolist()
 
 
 def test_penalties_by_eye():

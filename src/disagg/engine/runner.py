@@ -54,6 +54,7 @@ class Runner:
                 params=SamplingParams(temperature=float(index), seed=0),
                 stop_ids=frozenset(),
                 order=0.0,
+                num_computed=length,
                 pages=list(range(index * held, (index + 1) * held)),
             )
             for index in range(2)
@@ -61,6 +62,7 @@ class Runner:
         self.run(Batch(chunks=[Chunk(request, 0, length, True) for request in requests]))
         for request in requests:
             request.tokens.append(0)
+            request.num_computed += 1
         self.run(Batch(decodes=requests))
         self.run(Batch(decodes=requests[:1], chunks=[Chunk(requests[1], 0, length, False)]))
 
@@ -77,9 +79,8 @@ def make_step(batch: Batch, page_size: int, device: torch.device) -> Step:
     context_len = np.empty(count + len(chunks), np.int32)
     if count:
         tokens[:count] = [request.tokens[-1] for request in decodes]
-        lengths = np.array([len(request.tokens) for request in decodes], np.int64)
-        positions[:count] = lengths - 1
-        context_len[:count] = lengths
+        context_len[:count] = [len(request.tokens) for request in decodes]
+        positions[:count] = context_len[:count] - 1
     last = list(range(count))
     row = count
     for index, (request, start, length, samples) in enumerate(chunks, count):

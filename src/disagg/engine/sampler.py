@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disagg.engine.batch import Output, TokenLogprobs
+from disagg.engine.batch import Output, TokenLogprobs, needs_history, output_index
 from disagg.request import Request, SamplingParams
 
 _MASK = 2**64 - 1
@@ -28,7 +28,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Output:
     """
     if not requests:
         return Output([], [])
-    adjusted = _adjust(logits, requests)
+    adjusted = adjust(logits, requests)
     tokens = _argmax(adjusted)
     drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
     if drawn:
@@ -36,13 +36,6 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Output:
         for row, token in zip(drawn, _draw(rows, [requests[row] for row in drawn]), strict=True):
             tokens[row] = token
     return Output(tokens, _logprobs(logits, requests, tokens))
-
-
-def _likeliest(logits: Tensor) -> list[int]:
-    """The first largest of each row."""
-    if logits.device.type == "cpu":  # torch's threads would go on spinning on the cores the kernels need: 8 ms a step
-        return list(map(int, logits.numpy().argmax(-1)))
-    return list(logits.argmax(dim=-1).tolist())
 
 
 def uniform(seed: int, index: int) -> float:
@@ -58,19 +51,19 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _seed(request: Request) -> int:
+def seed_of(request: Request) -> int:
     """The front end draws a seed for a request without one; should it not, the id (the same on every worker) serves."""
     seed = request.params.seed
     return zlib.crc32(request.id.encode()) if seed is None else seed
 
 
-def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Logits with penalties and forbidden stops; the same tensor when nobody asks for any."""
     adjusted = logits
     for row, request in enumerate(requests):
         params = request.params
-        penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        too_early = request.num_output < params.min_tokens and request.stop_ids
+        penalised = needs_history(params)
+        too_early = output_index(request) < params.min_tokens and request.stop_ids
         if not (penalised or too_early):
             continue
         if adjusted is logits:
@@ -107,7 +100,7 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
         chosen = weights[filtered]
         chosen[chosen < _thresholds(chosen, [params[row] for row in filtered])] = 0
         weights[filtered] = chosen
-    numbers = [uniform(_seed(request), request.num_output) for request in requests]
+    numbers = [uniform(seed_of(request), output_index(request)) for request in requests]
     return _walk(weights, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
 
 
