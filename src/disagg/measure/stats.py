@@ -47,8 +47,11 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def paired_difference(base: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """other - base, repeat by repeat, as `mean_interval`. For shares, which may be zero."""
-    return mean_interval([theirs - ours for ours, theirs in zip(base, other, strict=True)], confidence)
+    """other - base, repeat by repeat, as `mean_interval`. For shares, which may be zero and never differ by more than 1."""
+    found = mean_interval([theirs - ours for ours, theirs in zip(base, other, strict=True)], confidence)
+    if found.low is None or found.high is None:
+        return found
+    return msgspec.structs.replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
 
 
 def paired_ratio(base: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
