@@ -1,0 +1,223 @@
+"""What clients may ask, as types: decoded strictly, so that nothing is ignored.
+
+An unknown field is a 400 that names it and the nearest known one. A field of the OpenAI API that this server does not
+support may be there with a value that asks for nothing (`null`, an empty list, `false`, ...): clients send those.
+"""
+
+import difflib
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from disagg.request import SamplingParams
+from disagg.server.problems import Problem
+
+_LONGEST_NAME = 100  # of a field that an answer repeats
+MOST_STOPS = 16  # every token is compared with every stop string
+
+_SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+           "seed", "min_tokens", "ignore_eos")  # fmt: skip
+_Stops = list[str]
+
+# Fields of the OpenAI API that are not supported, with the values that ask for nothing.
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),  # about tools, of which there are none
+    "prediction": (None,),
+    "prompt_cache_key": (None,),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """`include_usage`: a last chunk with the usage. `continuous_usage_stats`: the usage so far in each (vLLM)."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What completions and chat completions share. Fields from `top_k` on are vLLM's, `disagg_route` is our own."""
+
+    model: str | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | _Stops | None = None
+    user: str | None = None  # a label for the server's log
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    disagg_route: Literal["colocated", "disaggregated"] | None = None
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """Parameters for the engine. Raises RequestError; its first word is the field."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > MOST_STOPS:
+            raise Problem(400, f"stop has {len(stop)} strings: give at most {MOST_STOPS}.", param="stop")
+        given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )
+
+
+class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/completions. `prompt`: a text, token ids, or a list of either for a batch."""
+
+    prompt: str | list[int | str | list[int]]
+    max_tokens: int | None = None  # None: 16, as in the OpenAI API
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt of the batch. Raises Problem."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        numbers = [one for one in self.prompt if isinstance(one, int)]
+        if numbers and len(numbers) == len(self.prompt):
+            return [numbers]
+        if numbers or not self.prompt:
+            raise Problem(400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt")
+        return [one for one in self.prompt if not isinstance(one, int)]
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a message's content; text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One message of a conversation. Fields that an answer of this API carries may come back as null."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None  # None: to the end of the context
+    max_tokens: int | None = None  # its older name
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def most_tokens(self) -> int | None:
+        """The limit under either name. Raises Problem when they disagree."""
+        new, old = self.max_completion_tokens, self.max_tokens
+        if new is not None and old is not None and new != old:
+            raise Problem(400, "max_tokens and max_completion_tokens differ: give one of them.", param="max_tokens")
+        return old if new is None else new
+
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token, None without log-probabilities. Raises Problem."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Problem(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: a prompt or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+FIELDS = tuple({**dict.fromkeys(CompletionRequest.__struct_fields__), **dict.fromkeys(ChatRequest.__struct_fields__)})
+"""Of requests for tokens."""
+
+_Asked = TypeVar("_Asked", bound=msgspec.Struct)
+
+
+def decode(kind: type[_Asked], body: bytes) -> _Asked:
+    """The request in `body`. Raises Problem 400, with `param` where one field is at fault."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", str(error), re.DOTALL)
+        if unknown is None or unknown[1] not in _NOTHING:
+            raise _refusal(str(error), kind.__struct_fields__) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(error) from None
+    return decode(kind, _without_nothing(body))
+
+
+def _without_nothing(body: bytes) -> bytes:
+    """The request without the fields we do not support. Raises Problem if one of them asks for something."""
+    try:
+        whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        for name in _NOTHING.keys() & whole.keys():
+            value = msgspec.json.decode(whole.pop(name))
+            if not any(value == nothing and type(value) is type(nothing) for nothing in _NOTHING[name]):
+                raise Problem(400, f"{name} is not supported by this server: leave it out.", param=name)
+        return msgspec.json.encode(whole)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(error) from None
+
+
+def _malformed(error: Exception) -> Problem:
+    return Problem(400, f"The body is not valid JSON: {error}.")
+
+
+def _refusal(error: str, fields: tuple[str, ...]) -> Problem:
+    """A validation error as a Problem that names the field."""
+    where = re.search(r" - at `\$\.?(.*)`$", error, re.DOTALL)
+    path = where[1] if where else ""
+    what = error[: where.start()] if where else error
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL)
+    if unknown is None:
+        field = path or next(iter(re.findall(r"required field `(.*)`", what)), None)
+        return Problem(400, f"{what}{f', in {path}' if path else ''}.", param=field)
+    name = f"{path}.{unknown[1]}"[-_LONGEST_NAME:].lstrip(".")
+    near = difflib.get_close_matches(unknown[1], fields, 1) if not path else []
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return Problem(400, f"There is no field {name} here.{hint}", param=name)

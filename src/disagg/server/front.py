@@ -1,0 +1,319 @@
+"""The thread that owns the Cluster, and the bridge between it and the event loop.
+
+    event loop: open, abort, call ──commands, bell──▶ front thread: submit, poll, tokens become text
+    event loop: Exchange.next     ◀──one wake a poll── front thread
+
+The Cluster is not thread safe and its poll blocks, so one thread does nothing else. Tokens become text here, off the
+event loop and outside every worker, because here a stop string can end a request before its next token is wanted.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from disagg.cluster.cluster import Cluster, Update, WorkerStatus
+from disagg.engine.batch import TokenLogprobs
+from disagg.errors import DisaggError
+from disagg.model.tokenizer import Detokenizer, NoTokenizer
+from disagg.record import Record
+from disagg.request import FinishReason, SamplingParams
+from disagg.server.problems import Problem, unavailable
+from disagg.text import Detokenizes, TextStream
+
+MOST_UNREAD = 4096  # pieces of one exchange; a client that lags so far behind has stopped reading
+_POLL_S = 0.25
+
+_T = TypeVar("_T")
+
+
+class Ask(NamedTuple):
+    """One choice of an exchange: what the Cluster is asked for."""
+
+    prompt: list[int]
+    params: SamplingParams
+    routing: Literal["colocated", "disaggregated"] | None = None  # against the policy
+
+
+class Piece(NamedTuple):
+    """News of one choice. With `record` it is over, and `finish` says why in the API's words."""
+
+    choice: int
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+    finish: str
+    record: Record | None
+
+
+class Exchange:
+    """One HTTP request with all its choices, as the event loop sees it. Made by Front.open."""
+
+    def __init__(self, asks: Sequence[Ask], received_at: float, overflow: Callable[["Exchange"], None]) -> None:
+        self.asks = asks
+        self.received_at = received_at  # on the cluster's clock; latency counts from here
+        self.request_ids: list[str] = []  # of the Cluster, one per choice; the front thread's
+        self._overflow = overflow
+        self._unread: list[Piece] = []
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> list[Piece]:
+        """All news since the last call, in order; waits for the first. Raises what ended the exchange early."""
+        if not self._unread and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._failure is not None:
+            raise self._failure
+        news, self._unread = self._unread, []
+        return news
+
+    def put(self, piece: Piece) -> None:
+        """Take news."""
+        if self._failure is None:
+            self._unread.append(piece)
+            self._wake()
+            if len(self._unread) > MOST_UNREAD:
+                self._overflow(self)
+
+    def fail(self, error: Exception) -> None:
+        """End it for the reader. The first failure counts."""
+        if self._failure is None:
+            self._failure = error
+            self._unread.clear()
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Choice(NamedTuple):
+    """Where the tokens of one request of the Cluster go."""
+
+    exchange: Exchange
+    place: int
+    text: TextStream
+
+
+class _Numbers:
+    """Text of a model without a tokenizer: its token ids, each followed by a space."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """See Detokenizes."""
+        return "".join(f"{token} " for token in ids)
+
+    def flush(self) -> str:
+        """See Detokenizes."""
+        return ""
+
+
+class _Stopped(Exception):
+    """`stop` was called while the deployment was still starting."""
+
+
+class Front:
+    """The front thread: `start` it, wait for `settled`, `open` exchanges, `stop` it. Made on the running event loop.
+
+    make: builds the Cluster, in the thread; it is given where to put lines of progress. on_record: called in the
+    thread with the Record of every request that is over, however it ended. on_end: called on the event loop when the
+    thread has ended. What made the Cluster fail ends every exchange and is kept in `failure`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Callable[[str], None]], Cluster],
+        *,
+        on_record: Callable[[Record], None] = lambda record: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.workers: list[WorkerStatus] = []  # as of the last poll
+        self.progress = "starting"  # one line, while it starts
+        self.failure: BaseException | None = None
+        self.settled = asyncio.Event()  # it serves, or it has ended
+        self._cluster: Cluster | None = None
+        self._make = make
+        self._on_record = on_record
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._commands: deque[Callable[[Cluster | None], None]] = deque()
+        self._choices: dict[str, _Choice] = {}  # by request id
+        self._news: list[tuple[Callable[[Any], None], Any]] = []  # for the event loop: functions and their arguments
+        self._stopping = False
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="front")
+
+    # On the event loop
+
+    def start(self) -> None:
+        """Start the thread, which builds the deployment."""
+        self._thread.start()
+
+    def cluster(self) -> Cluster:
+        """The deployment, for what never changes (info, engine, num_pages) and `status`. Raises Problem 503."""
+        if self._cluster is None:
+            raise unavailable(f"The deployment does not serve: {self.progress}.")
+        return self._cluster
+
+    def open(self, asks: Sequence[Ask], received_at: float) -> Exchange:
+        """Send all choices of an exchange. What refuses one of them ends it, and is raised by its `next`."""
+        exchange = Exchange(asks, received_at, self._overflow)
+        self._command(lambda cluster: self._submit(cluster, exchange))
+        return exchange
+
+    def abort(self, exchange: Exchange, why: Exception) -> None:
+        """End an exchange now: every worker frees what it holds for it."""
+        exchange.fail(why)
+        self._command(lambda cluster: self._abort(cluster, exchange))
+
+    async def call(self, function: Callable[[Cluster], _T]) -> _T:
+        """Run `function` in the front thread and return its result; every token waits meanwhile. Raises DisaggError."""
+        done: asyncio.Future[_T] = self._loop.create_future()
+        self._command(lambda cluster: self._call(cluster, function, done))
+        return await done
+
+    async def stop(self) -> None:
+        """End every exchange, stop the workers and the thread. May be called twice."""
+        if not self._ended.is_set():
+            self._stopping = True
+            os.eventfd_write(self._bell, 1)
+            await self._ended.wait()
+
+    def _overflow(self, exchange: Exchange) -> None:
+        self.abort(exchange, Problem(408, "The client does not read its answer; the request was ended."))
+
+    def _command(self, command: Callable[[Cluster | None], None]) -> None:
+        if self._ended.is_set():
+            command(None)
+            _deliver(self._take_news())
+        else:
+            self._commands.append(command)
+            os.eventfd_write(self._bell, 1)
+
+    def _finish(self) -> None:
+        """The thread has nothing more to do."""
+        self._thread.join()
+        self._ended.set()
+        self.settled.set()
+        while self._commands:
+            self._commands.popleft()(None)
+        _deliver(self._take_news())
+        for choice in self._choices.values():
+            choice.exchange.fail(_over())
+        os.close(self._bell)
+        self._on_end()
+
+    # In the thread
+
+    def _run(self) -> None:
+        try:
+            with self._make(self._tell) as cluster:
+                cluster.watch(self._bell)
+                self._cluster = cluster
+                self._loop.call_soon_threadsafe(self.settled.set)
+                while not self._stopping:
+                    self._turn(cluster)
+                for choice in list(self._choices.values()):
+                    self._abort(cluster, choice.exchange)
+                    self._news.append((choice.exchange.fail, _over()))
+        except _Stopped:
+            pass
+        except BaseException as error:  # whatever it is, the event loop must hear of it
+            self.failure = error
+        self._cluster = None
+        self._loop.call_soon_threadsafe(self._finish)
+
+    def _tell(self, progress: str) -> None:
+        if self._stopping:
+            raise _Stopped
+        self.progress = progress
+
+    def _turn(self, cluster: Cluster) -> None:
+        for update in cluster.poll(_POLL_S):
+            self._take(cluster, update)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        while self._commands:
+            self._commands.popleft()(cluster)
+        self.workers = cluster.workers()
+        if self._news:
+            self._loop.call_soon_threadsafe(_deliver, self._take_news())
+
+    def _take_news(self) -> list[tuple[Callable[[Any], None], Any]]:
+        news, self._news = self._news, []
+        return news
+
+    def _submit(self, cluster: Cluster | None, exchange: Exchange) -> None:
+        for place, (prompt, params, routing) in enumerate(exchange.asks):
+            try:
+                if cluster is None:
+                    raise _over()
+                request_id = cluster.submit(prompt, params, scheduled_at=exchange.received_at, routing=routing)
+            except (DisaggError, Problem) as error:
+                self._news.append((exchange.fail, error))
+                self._abort(cluster, exchange)
+                return
+            exchange.request_ids.append(request_id)
+            self._choices[request_id] = _Choice(exchange, place, self._text(cluster, prompt, params))
+
+    def _text(self, cluster: Cluster, prompt: list[int], params: SamplingParams) -> TextStream:
+        tokenizer = cluster.info.tokenizer
+        numbers = isinstance(tokenizer, NoTokenizer)
+        detokenizer: Detokenizes = _Numbers() if numbers else Detokenizer(tokenizer, prompt)
+        return TextStream(detokenizer, params.stop)
+
+    def _abort(self, cluster: Cluster | None, exchange: Exchange) -> None:
+        for request_id in exchange.request_ids:
+            if self._choices.pop(request_id, None) is not None and cluster is not None:
+                record = cluster.abort(request_id)
+                if record is not None:
+                    self._on_record(record)
+
+    def _call(self, cluster: Cluster | None, function: Callable[[Cluster], _T], done: "asyncio.Future[_T]") -> None:
+        try:
+            if cluster is None:
+                raise _over()
+            result = function(cluster)
+        except (DisaggError, Problem) as error:
+            self._news.append((_unless_cancelled(done, done.set_exception), error))
+        else:
+            self._news.append((_unless_cancelled(done, done.set_result), result))
+
+    def _take(self, cluster: Cluster, update: Update) -> None:
+        """Tokens become a piece. A stop string ends the request, with the token that completed it."""
+        choice = self._choices.get(update.request_id)
+        if choice is None:
+            return
+        stream, record, text, num_tokens = choice.text, update.record, "", 0
+        for token in update.tokens:
+            if stream.stopped:
+                break
+            text += stream.push((token,))
+            num_tokens += 1
+            if stream.stopped:
+                record = record or cluster.abort(update.request_id, FinishReason.STOP)
+        finish = ""
+        if record is not None:
+            text += stream.push((), final=True)
+            finish = FinishReason.STOP if stream.stopped else record.finish_reason
+            del self._choices[update.request_id]
+            self._on_record(record)
+        piece = Piece(choice.place, text, update.tokens[:num_tokens], update.logprobs[:num_tokens], finish, record)
+        self._news.append((choice.exchange.put, piece))
+
+
+def _deliver(news: list[tuple[Callable[[Any], None], Any]]) -> None:
+    for function, argument in news:
+        function(argument)
+
+
+def _unless_cancelled(done: "asyncio.Future[Any]", function: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda argument: None if done.cancelled() else function(argument)
+
+
+def _over() -> Problem:
+    return unavailable("The server is stopping: send the request to another, or again later.")

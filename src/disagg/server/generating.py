@@ -1,0 +1,120 @@
+"""POST /v1/completions and /v1/chat/completions: from a request to what the Cluster is asked for."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from disagg.clock import WallClock
+from disagg.request import SamplingParams
+from disagg.server.answers import Form
+from disagg.server.asked import ChatRequest, CompletionRequest, Generate, decode
+from disagg.server.front import Ask
+from disagg.server.problems import Problem
+from disagg.server.reply import Reply
+from disagg.server.state import State
+
+_DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
+_SEEDS = 1 << 63
+
+_Asked = TypeVar("_Asked", bound=msgspec.Struct)
+
+
+async def completions(request: Request) -> Reply:
+    """POST /v1/completions."""
+    received_at, state = WallClock().now(), request.app.state.disagg
+    asked = await read(request, CompletionRequest)
+    state.check_model(asked.model)
+    prompts = asked.prompts()
+    _check_choices(state, asked.n, len(prompts))
+    encoded = [await state.encode(one) if isinstance(one, str) else one for one in prompts]
+    for prompt in encoded:
+        state.check_prompt(prompt, "prompt")
+    max_tokens = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+    params = [asked.sampling(max_tokens, asked.logprobs)] * len(encoded)
+    return _reply(request, asked, encoded, params, received_at, chat=False)
+
+
+async def chat_completions(request: Request) -> Reply:
+    """POST /v1/chat/completions."""
+    received_at, state = WallClock().now(), request.app.state.disagg
+    asked = await read(request, ChatRequest)
+    state.check_model(asked.model)
+    _check_choices(state, asked.n, 1)
+    prompt = await state.encode_chat(asked.messages)
+    state.check_prompt(prompt, "messages")
+    max_tokens = asked.most_tokens()
+    if max_tokens is None:
+        max_tokens = state.most_tokens() - len(prompt)
+    params = asked.sampling(max_tokens, asked.num_logprobs())
+    return _reply(request, asked, [prompt], [params], received_at, chat=True)
+
+
+async def read(request: Request, kind: type[_Asked]) -> _Asked:
+    """The request's body as `kind`. Raises Problem: too large, too slow, or not what it should be."""
+    settings = request.app.state.disagg.settings
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > settings.max_body_bytes:
+                    raise Problem(
+                        413, f"The body is larger than the {settings.max_body_bytes} bytes this server takes."
+                    )
+    except TimeoutError:
+        raise Problem(408, f"The body did not come within {settings.body_s:g} s.") from None
+    return decode(kind, bytes(body))
+
+
+def _check_choices(state: State, n: int | None, num_prompts: int) -> None:
+    most = state.settings.max_choices
+    n = 1 if n is None else n
+    if n < 1 or n * num_prompts > most:
+        message = f"n times the number of prompts must be 1 to {most}, not {n * num_prompts}."
+        raise Problem(400, message, param="n" if n != 1 else "prompt")
+
+
+def _reply(
+    request: Request,
+    asked: Generate,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    received_at: float,
+    *,
+    chat: bool,
+) -> Reply:
+    state: State = request.app.state.disagg
+    if asked.stream_options is not None and not asked.stream:
+        raise Problem(400, "stream_options needs stream: true.", param="stream_options")
+    request.scope["disagg.user"] = asked.user
+    n = asked.n or 1
+    options = asked.stream_options
+    form = Form(
+        chat=chat,
+        model=state.settings.model,
+        prompt_lens=[len(prompt) for prompt in prompts],
+        n=n,
+        logprobs=params[0].logprobs is not None,
+        token_ids=bool(asked.return_token_ids),
+        usage=options is not None and options.include_usage,
+        usage_so_far=options is not None and options.continuous_usage_stats,
+    )
+    asks = [
+        Ask(prompt, _for_choice(each, choice), asked.disagg_route)
+        for prompt, each in zip(prompts, params, strict=True)
+        for choice in range(n)
+    ]
+    exchange = state.front.open(asks, received_at)
+    waited_s = WallClock().now() - received_at
+    deadline_at = asyncio.get_running_loop().time() - waited_s + state.settings.deadline_s
+    return Reply(state, exchange, form, bool(asked.stream), deadline_at)
+
+
+def _for_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Choices of one prompt differ: each has a seed of its own, counted up from the one asked for."""
+    if params.seed is None or choice == 0:
+        return params
+    return msgspec.structs.replace(params, seed=(params.seed + choice) % _SEEDS)

@@ -1,0 +1,145 @@
+"""What every request passes before its handler: who may ask, how many at a time; and the line about it in the log.
+
+Secure by default: without a key only this machine may ask, and a web page that somebody on this machine looks at may
+not (the Host header must be ours, and a body must be JSON, which a page of another origin may not send).
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from disagg.record import Record
+from disagg.server.problems import Problem, unavailable
+from disagg.server.state import State
+
+log = logging.getLogger("disagg.serve")
+
+_OPEN = ("/", "/health", "/static/")  # hold nothing that a key should guard
+_TOKENS = ("/v1/completions", "/v1/chat/completions")
+_QUIET = ("/health", "/metrics", "/live", "/static/")  # asked again and again: logged only when they fail
+
+
+class Keys:
+    """API keys. They are kept as digests, and a comparison takes as long for a wrong key as for a right one."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def allow(self, authorization: str) -> bool:
+        """Whether an Authorization header carries one of the keys."""
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever matches
+        return any(matches) and scheme.lower() == "bearer"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class Guard:
+    """ASGI middleware. hosts: names this server answers to, without ports; empty: any."""
+
+    def __init__(self, app: ASGIApp, state: State, keys: Keys, hosts: frozenset[str]) -> None:
+        self._app = app
+        self._state = state
+        self._keys = keys
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it with what is wrong."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        request_id = scope["disagg.id"] = uuid.uuid4().hex
+        started_at, status = time.monotonic(), 499  # unless an answer begins, the client went away
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        wants_tokens = path in _TOKENS
+        self._state.num_requests += wants_tokens
+        try:
+            self._check(scope, path)
+            await self._app(scope, receive, sending)
+        except Problem as problem:
+            await problem.response()(scope, receive, sending)
+        finally:
+            self._state.num_requests -= wants_tokens
+            self._note(scope, status, time.monotonic() - started_at)
+
+    def _check(self, scope: Scope, path: str) -> None:
+        """Raise Problem when this request may not go on."""
+        headers = Headers(scope=scope)
+        if self._hosts and (name := _host(headers.get("host", ""))) not in self._hosts:
+            raise Problem(421, f"This server does not answer to the name {name[:100]!r}: start it with --host.")
+        is_open = any(path == one or (one != "/" and one.endswith("/") and path.startswith(one)) for one in _OPEN)
+        if self._keys and not is_open and not self._keys.allow(headers.get("authorization", "")):
+            message = "Give an API key of this server: Authorization: Bearer KEY."
+            raise Problem(401, message, code="invalid_api_key")
+        if (
+            scope["method"] == "POST"
+            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
+        ):
+            raise Problem(415, "Send JSON, with the header Content-Type: application/json.")
+        if path in _TOKENS:
+            if self._state.stopping:
+                raise unavailable(self._state.stopping)
+            if self._state.num_requests > (most := self._state.settings.max_requests):
+                raise Problem(429, f"{most} requests are under way: retry later.", code="overloaded", retry_after_s=1.0)
+
+    def _note(self, scope: Scope, status: int, took_s: float) -> None:
+        path = scope["path"]
+        route = scope.get("route")
+        known = getattr(route, "path", "other")  # a path nobody serves must not become a metric of its own
+        self._state.metrics.http.labels(known, status).inc()
+        if status < 400 and any(path.startswith(quiet) for quiet in _QUIET):
+            return
+        line: dict[str, object] = {
+            "event": "request", "id": scope["disagg.id"], "method": scope["method"], "path": path, "status": status,
+            "took_ms": round(took_s * 1e3, 3), **_client(scope),
+        }  # fmt: skip
+        if (records := scope.get("disagg.records")) is not None:
+            line["choices"] = [_outcome(record) for record in records]
+        log.info(json.dumps(line))
+
+
+def _client(scope: Scope) -> Mapping[str, str]:
+    client = scope.get("client")
+    user = scope.get("disagg.user")
+    return ({"client": client[0]} if client else {}) | ({"user": user[:100]} if user else {})
+
+
+def _outcome(record: Record) -> dict[str, object]:
+    """A Record in short; prompts and tokens are nobody's business here."""
+    ttft_s = record.ttft_s
+    return {
+        "request_id": record.request_id,
+        "finish_reason": record.finish_reason,
+        "prompt_len": record.prompt_len,
+        "output_len": record.output_len,
+        "ttft_ms": None if ttft_s is None else round(ttft_s * 1e3, 3),
+        "prefill_worker": record.prefill_worker,
+        "decode_worker": record.decode_worker,
+    }
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    name = header.rpartition(":")[0] if header.rpartition(":")[2].isdigit() else header
+    return name.strip("[]").lower()

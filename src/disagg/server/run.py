@@ -1,0 +1,170 @@
+"""A server process from start to end: socket, deployment, signals, drain.
+
+SIGTERM: new requests are answered 503, those under way may finish for `drain_s`, then exit code 0. SIGINT: at once.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from disagg.cluster.cluster import Cluster
+from disagg.cluster.status import Status
+from disagg.errors import InputError
+from disagg.record import Record, write_records
+from disagg.server.app import create_app
+from disagg.server.front import Front
+from disagg.server.guards import Keys, log
+from disagg.server.metrics import Metrics
+from disagg.server.problems import Problem
+from disagg.server.state import Settings, State
+
+_UNREAD_S = 30  # a client that takes no data for so long is cut off by the kernel
+_TICK_S = 0.05
+_LAST_WORDS_S = 2  # for answers that say that the server stops
+
+Make = Callable[[Callable[[str], None]], Cluster]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises InputError when the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_S * 1000
+        )  # accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise InputError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port.") from None
+    return listener
+
+
+def serve(
+    make: Make,
+    listener: socket.socket,
+    settings: Settings,
+    keys: Keys,
+    hosts: frozenset[str],
+    *,
+    records: Path | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> bool:
+    """Serve until a signal comes. Returns whether it was SIGTERM; raises what the deployment failed of.
+
+    records: a file to which the Record of every request is added, without its tokens. on_ready: told the address.
+    """
+    _log_to_stderr()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(make, listener, settings, keys, hosts, records, on_ready))
+
+
+async def _serve(
+    make: Make,
+    listener: socket.socket,
+    settings: Settings,
+    keys: Keys,
+    hosts: frozenset[str],
+    records: Path | None,
+    on_ready: Callable[[str], None],
+) -> bool:
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()  # a signal came, or the deployment is no more
+
+    def status() -> Status | None:
+        with contextlib.suppress(Problem):
+            return state.status()
+        return None
+
+    def on_record(record: Record) -> None:
+        metrics.add(record)
+        if records is not None:
+            record.tokens = []
+            write_records(records, [record])
+
+    metrics = Metrics(status)
+    front = Front(make, on_record=on_record, on_end=over.set)
+    state = State(settings, front, metrics)
+    server = _Server(uvicorn.Config(
+        create_app(state, keys, hosts), http="httptools", ws="none", lifespan="off", access_log=False, log_config=None,
+        proxy_headers=False, server_header=False, timeout_graceful_shutdown=_LAST_WORDS_S,
+    ))  # fmt: skip
+    signals: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        signals.append(number)
+        over.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    front.start()
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        await _first(front.settled, over)
+        if front.failure is None and not over.is_set():
+            on_ready(_url(listener))
+            await over.wait()
+        if signals == [signal.SIGTERM]:
+            await _drain(state, signals)
+    finally:
+        state.stopping = "The server is stopping: send the request to another."
+        await front.stop()
+        server.should_exit = True
+        await serving
+        state.close()
+    if front.failure is not None:
+        raise front.failure
+    return signals[-1:] == [signal.SIGTERM]
+
+
+async def _drain(state: State, signals: list[signal.Signals]) -> None:
+    """Let what is under way finish, up to the limit or another signal."""
+    loop = asyncio.get_running_loop()
+    state.stopping = "The server is stopping and takes no new request: send it to another."
+    log.info(json.dumps({"event": "drain", "requests": state.num_requests, "limit_s": state.settings.drain_s}))
+    until = loop.time() + state.settings.drain_s
+    while state.num_requests and loop.time() < until and len(signals) == 1:
+        await asyncio.sleep(_TICK_S)
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait for any of them."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn leaves the signals to us: it would exit by raising them again."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _log_to_stderr() -> None:
+    """One JSON object a line; uvicorn's warnings and errors as plain lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    uvicorn_log = logging.getLogger("uvicorn.error")
+    uvicorn_log.handlers = [handler]
+    uvicorn_log.setLevel(logging.WARNING)

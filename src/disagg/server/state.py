@@ -1,0 +1,113 @@
+"""What every handler shares: the settings, the front thread, the keys, and what the server says of itself."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from disagg.cluster.status import Status
+from disagg.errors import RequestError
+from disagg.model.load import Info
+from disagg.server.answers import TokenNames
+from disagg.server.asked import Message
+from disagg.server.front import Front
+from disagg.server.metrics import Metrics
+from disagg.server.problems import Problem, unavailable
+
+_INLINE_LEN = 2_000  # characters: encoding more would hold up the event loop for over a millisecond
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits and names. Seconds and bytes."""
+
+    model: str  # as clients call it
+    max_body_bytes: int = 4 << 20
+    max_prompt_len: int | None = None  # tokens; None: what the context allows
+    max_choices: int = 64  # prompts of a batch times n
+    max_requests: int = 512  # HTTP requests for tokens at a time
+    deadline_s: float = 600.0  # from the arrival of a request to the end of its answer
+    body_s: float = 30.0  # how long a client may take to send its body
+    drain_s: float = 30.0  # how long requests may go on after SIGTERM
+
+
+class State:
+    """One per server, made on the running event loop. `stopping` is a sentence once the server no longer wants work."""
+
+    def __init__(self, settings: Settings, front: Front, metrics: Metrics) -> None:
+        self.settings = settings
+        self.front = front
+        self.metrics = metrics
+        self.created = int(time.time())
+        self.num_requests = 0  # HTTP requests for tokens that are under way
+        self.stopping = ""
+        self._encoder = ThreadPoolExecutor(1, "encode")
+
+    def info(self) -> Info:
+        """The model. Raises Problem 503 while there is none to ask."""
+        if self.stopping:
+            raise unavailable(self.stopping)
+        return self.front.cluster().info
+
+    def status(self) -> Status:
+        """What the deployment does now. Raises Problem 503 when there is none."""
+        return self.front.cluster().status()
+
+    @cached_property
+    def names(self) -> TokenNames:
+        """Texts of single tokens."""
+        return TokenNames(self.info().tokenizer)
+
+    def most_tokens(self) -> int:
+        """How long prompt and output may be together, in tokens, for any request."""
+        cluster = self.front.cluster()
+        assert cluster.engine.max_len is not None
+        return min(cluster.engine.max_len, cluster.num_pages * cluster.engine.page_size)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise Problem 404 when a request names another model than the one served."""
+        if name is not None and name != self.settings.model:
+            message = f"There is no model {name[:100]!r} here: this server has {self.settings.model!r}."
+            raise Problem(404, message, param="model", code="model_not_found")
+
+    def check_prompt(self, prompt: list[int], param: str) -> None:
+        """Raise Problem 400 when a prompt is longer than this server takes."""
+        most = self.most_tokens() - 1
+        if self.settings.max_prompt_len is not None:
+            most = min(most, self.settings.max_prompt_len)
+        if not 1 <= len(prompt) <= most:
+            message = f"{param} has {len(prompt)} tokens and this server takes 1 to {most}."
+            raise Problem(400, message, param=param, code="context_length_exceeded" if prompt else None)
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises RequestError."""
+        encode = self.info().tokenizer.encode
+        if len(text) <= _INLINE_LEN:
+            return encode(text)
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode, text)
+
+    async def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation. Raises RequestError."""
+        if not messages:
+            raise RequestError("messages must not be empty.")
+        plain = [message.plain() for message in messages]
+        chat = self.info().tokenizer.chat
+        if sum(len(message["content"]) for message in plain) <= _INLINE_LEN:
+            return chat(plain)
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, chat, plain)
+
+    def model(self) -> dict[str, Any]:
+        """The served model as the OpenAI API lists it; `max_model_len` as vLLM adds it."""
+        return {
+            "id": self.settings.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "disagg",
+            "max_model_len": self.most_tokens(),
+        }
+
+    def close(self) -> None:
+        """Let go of the encoding thread."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
