@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from disagg.cache.storage import KVStorage
 from disagg.engine.batch import Batch, Chunk, Output
@@ -94,8 +95,19 @@ def make_step(batch: Batch, page_size: int, device: torch.device) -> Step:
     table = _page_table([*decodes, *(chunk.request for chunk in chunks)], -(-context_len // page_size))
     owner = np.repeat(np.arange(len(table)), query_len)
     slots = table[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
-    arrays = (tokens, positions, slots, _starts(query_len), context_len, table, np.array(last, np.int64))
-    return Step(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Step(
+        tokens=there(tokens),
+        positions=there(positions),
+        slots=there(slots),
+        query_start=there(_starts(query_len)),
+        context_len=there(context_len),
+        page_table=there(table),
+        last=there(np.array(last, np.int64)),
+    )
 
 
 def _page_table(requests: list[Request], num_pages: np.ndarray) -> np.ndarray:

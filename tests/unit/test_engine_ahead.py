@@ -1,0 +1,117 @@
+"""The engine with steps launched ahead: the same tokens as one step at a time, whatever the device does meanwhile.
+
+The runner for GPUs runs here on a CPU: all of its code but the kernels and the graphs.
+"""
+
+import random
+
+import pytest
+import torch
+
+from disagg.cache.pages import PagePool
+from disagg.cache.storage import KVStorage
+from disagg.clock import WallClock
+from disagg.engine.engine import Engine
+from disagg.engine.runner import Runner
+from disagg.engine.runner_cuda import CudaRunner
+from disagg.engine.scheduler import Scheduler
+from disagg.model.load import Loaded, load_model
+from disagg.request import FinishReason, Request, SamplingParams
+from disagg.testing import tiny_checkpoint
+
+NUM_PAGES, MAX_LEN, MAX_RUNNING, CHUNK = 13, 96, 6, 40
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Loaded:
+    return load_model(str(tiny_checkpoint("qwen3", tmp_path_factory.mktemp("qwen3"))))
+
+
+def storage(loaded: Loaded) -> KVStorage:
+    spec = loaded.spec
+    return KVStorage(
+        num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, page_size=16,
+        num_pages=NUM_PAGES,
+    )  # fmt: skip
+
+
+def ahead(loaded: Loaded) -> CudaRunner:
+    runner = CudaRunner(loaded, storage(loaded), max_running=MAX_RUNNING, max_batch_tokens=CHUNK, max_len=MAX_LEN)
+    runner.warm_up()
+    return runner
+
+
+def wishes(seed: int) -> list[Request]:
+    """Short and long, greedy and drawn, filtered, penalised, stopping early, with and without log-probabilities."""
+    rng = random.Random(seed)
+    kinds: list[dict] = [
+        {"temperature": 0}, {"temperature": 0.8}, {"top_k": 20}, {"top_p": 0.7, "min_p": 0.01},
+        {"temperature": 0, "repetition_penalty": 1.3}, {"temperature": 0, "logprobs": 3}, {"frequency_penalty": 0.4},
+    ]  # fmt: skip
+    found = []
+    for number in range(14):
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, 60))]
+        stops = frozenset(rng.sample(range(300), 40)) if number % 3 == 0 else frozenset()
+        params = SamplingParams(**kinds[number % len(kinds)], max_tokens=rng.randint(1, 30), min_tokens=1, seed=number)
+        found.append(Request(str(number), len(prompt), prompt, params, stops, float(number)))
+    return found
+
+
+def serve(runner: Runner | CudaRunner, requests: list[Request], abort: str | None = None):
+    """Tokens, finish reasons and log-probabilities of all requests, in the order they were reported."""
+    pool = PagePool(NUM_PAGES, 16)
+    scheduler = Scheduler(pool, max_batch_tokens=CHUNK, max_running=MAX_RUNNING, max_len=MAX_LEN)
+    engine = Engine("test", scheduler, runner, WallClock())
+    for request in requests:
+        scheduler.add(request)
+    reported: dict[str, list[int]] = {request.id: [] for request in requests}
+    logprobs = {}
+    while (stepped := engine.step(lambda batch: None)) is not None:
+        for request, token, found in stepped.tokens:
+            reported[request.id].append(token)
+            if found is not None:
+                logprobs[request.id, len(reported[request.id])] = found
+        if abort is not None and len(reported[abort]) == 2:
+            scheduler.abort(abort)
+        scheduler.check()
+    assert scheduler.is_idle
+    assert pool.counts().held == 0
+    assert all(request.tokens[request.prompt_len :] == reported[request.id] for request in requests)
+    return reported, {request.id: request.finish_reason for request in requests}, logprobs
+
+
+def test_tokens_are_those_of_one_step_at_a_time(loaded):
+    """Greedy and seeded, with stops, penalties, filters, chunks and preemption: launching ahead changes no token."""
+    runner, plain = ahead(loaded), Runner(loaded, storage(loaded))
+    preempted = 0
+    for seed in range(2):
+        ours, theirs = wishes(seed), wishes(seed)
+        tokens, reasons, logprobs = serve(runner, ours)
+        expected, why, numbers = serve(plain, theirs)
+        assert tokens == expected
+        assert reasons == why
+        assert FinishReason.STOP in reasons.values()
+        assert logprobs.keys() == numbers.keys()
+        for key, found in logprobs.items():
+            assert found.chosen == pytest.approx(numbers[key].chosen, abs=1e-4)
+            assert [token for token, _ in found.top] == [token for token, _ in numbers[key].top]
+        preempted += sum(request.num_preemptions for request in ours)
+    assert preempted > 0, "the pool was meant to be too small"
+
+
+def test_abort_in_the_middle_leaves_the_others_alone(loaded):
+    """A request that is aborted while two of its steps are in flight takes nothing with it."""
+    tokens, reasons, _ = serve(ahead(loaded), wishes(7), abort="1")
+    expected, _, _ = serve(Runner(loaded, storage(loaded)), wishes(7))
+    assert (len(tokens["1"]), reasons["1"]) == (2, FinishReason.ABORT)
+    assert {name: got for name, got in tokens.items() if name != "1"} == {
+        name: got for name, got in expected.items() if name != "1"
+    }
