@@ -3,7 +3,7 @@
 What limits it. Decoding one token reads every weight once: 135 M parameters are 538 MB in float32 and 269 MB in
 float16, so memory bandwidth bounds batch 1. Prefill and large batches do 2 FLOPs per weight and token, so arithmetic
 bounds them: 106 M weights outside the embedding, 28 M more for the logits of each token that is sampled. Both ceilings
-are measured here, on the same threads, and stand beside the result.
+are measured here (ops.py), on the same threads, before and after, and stand beside the result.
 
     python bench/engine.py [--quick]
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ops import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from disagg.cache.pages import PagePool
@@ -77,7 +78,7 @@ class Transformers:
     def __init__(self) -> None:
         file = GgufFile(Path(resolve("smollm2").where))
         spec = file.spec()
-        found = from_gguf(file, spec, "cpu")
+        found = from_gguf(file, spec)
         config = LlamaConfig(
             vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, num_hidden_layers=spec.num_layers,
             num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads, head_dim=spec.head_dim,
@@ -101,21 +102,6 @@ class Transformers:
         start = time.perf_counter()
         self._model.generate(ids, max_new_tokens=max_tokens, min_new_tokens=max_tokens, **fixed)
         return prefill, time.perf_counter() - start - prefill
-
-
-def ceilings() -> dict[str, float]:
-    """Bytes/s of reading memory and FLOP/s of a float32 product, on the threads the engine has."""
-    big = torch.ones(1 << 28, dtype=torch.uint8).view(torch.float32)
-    read_s = best(lambda: _timed(lambda: big.sum()), 5)
-    a, b = torch.randn(512, 1536), torch.randn(1536, 1536)
-    product_s = best(lambda: _timed(lambda: [a @ b for _ in range(4)]), 8)
-    return {"read_gb_s": big.nbytes / read_s / 1e9, "gflop_s": 4 * 2 * 512 * 1536 * 1536 / product_s / 1e9}
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def measure(engine: Ours | Transformers, repeats: int) -> dict[str, float]:
@@ -151,10 +137,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     repeats = 1 if arguments.quick else 4
-    ceiling = ceilings()
+    before = machine()
     results = {"transformers f32": measure(Transformers(), max(1, repeats // 2))}
     for dtype in ("float32", "float16"):
         results[f"disagg {dtype}"] = measure(Ours(dtype), repeats)
+    read, peak = (max(pair) for pair in zip(before, machine(), strict=True))
+    ceiling = {"read_gb_s": read / 1e9, "gflop_s": peak / 1e9}
     bounds = {"float32": limits(ceiling, 538_000_000), "float16": limits(ceiling, 269_000_000)}
     print(f"read {ceiling['read_gb_s']:.1f} GB/s, {ceiling['gflop_s']:.0f} GFLOP/s on {arguments.threads} thread(s)\n")
     heads = "".join(f"{name:>18}" for name in results)

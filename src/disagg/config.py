@@ -1,21 +1,23 @@
 """What is deployed, on what, and what is expected of it: frozen data, resolved once, printed, saved with results."""
 
 import re
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from disagg.errors import BudgetError, InputError
 
+DeviceKind = Literal["cpu", "cuda"]
 Role = Literal["both", "prefill", "decode"]
-Dtype = Literal["float32", "float16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """The devices every arm shares. `cpu:2` is two cores."""
+    """The devices every arm shares. `cpu:2` is two cores, any; `cuda:0,2` is two GPUs, these."""
 
-    kind: Literal["cpu"]
-    devices: tuple[int, ...]  # core numbers as the process may use them
+    kind: DeviceKind
+    devices: tuple[int, ...]  # numbers of cores or GPUs as this process may use them
 
     @classmethod
     def parse(cls, text: str, cores: tuple[int, ...]) -> "Budget":
@@ -28,10 +30,18 @@ class Budget(msgspec.Struct, frozen=True):
                     f"use cpu:1 to cpu:{len(cores)}."
                 )
             return cls("cpu", tuple(cores[:wanted]))
-        raise BudgetError(f"Budget {text!r} is not understood: write cpu:N, the number of cores that all arms share.")
+        if match := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", text):
+            gpus = tuple(int(number) for number in match[1].split(","))
+            if len(set(gpus)) < len(gpus):
+                raise BudgetError(f"Budget {text!r} names a GPU twice: name each once.")
+            return cls("cuda", gpus)
+        raise BudgetError(
+            f"Budget {text!r} is not understood: write cpu:N, a number of cores, or cuda:0,1, the GPUs, that all arms "
+            "share."
+        )
 
     def __str__(self) -> str:
-        return f"{self.kind}:{len(self.devices)}"
+        return f"cpu:{len(self.devices)}" if self.kind == "cpu" else f"cuda:{','.join(map(str, self.devices))}"
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -39,8 +49,24 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
     name: str
     role: Role
-    devices: tuple[int, ...]  # the cores it is pinned to, one thread each
+    devices: tuple[int, ...]  # the cores it is pinned to, one thread each, or its GPU
     shares: int = 1  # how many workers run on these same devices, itself included
+    kind: DeviceKind = "cpu"
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads it computes with."""
+        return len(self.devices) if self.kind == "cpu" else 1
+
+    @property
+    def torch_device(self) -> str:
+        """Where its tensors live, as torch names it."""
+        return "cpu" if self.kind == "cpu" else f"cuda:{self.devices[0]}"
+
+    @property
+    def place(self) -> str:
+        """Its devices in words: "core 0+1", "GPU 1"."""
+        return f"{'core' if self.kind == 'cpu' else 'GPU'} {'+'.join(map(str, self.devices))}"
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -67,7 +93,7 @@ class Deployment(msgspec.Struct, frozen=True):
         workers = []
         for role, (devices, sharing) in zip(roles, shares, strict=True):
             seen[role] = seen.get(role, 0) + 1
-            workers.append(WorkerSpec(f"{letters[role]}{seen[role] - 1}", role, devices, sharing))
+            workers.append(WorkerSpec(f"{letters[role]}{seen[role] - 1}", role, devices, sharing, budget.kind))
         return cls(text, budget, tuple(workers))
 
     @property
@@ -77,7 +103,7 @@ class Deployment(msgspec.Struct, frozen=True):
 
     @property
     def oversubscribed(self) -> bool:
-        """Whether workers share a core, which the output must say."""
+        """Whether workers share a core or a GPU, which the output must say."""
         return any(worker.shares > 1 for worker in self.workers)
 
 
@@ -87,6 +113,11 @@ def _place(num_workers: int, budget: Budget) -> list[tuple[tuple[int, ...], int]
     if num_workers >= len(devices):
         homes = [index % len(devices) for index in range(num_workers)]
         return [((devices[home],), homes.count(home)) for home in homes]
+    if budget.kind == "cuda":
+        raise BudgetError(
+            f"{num_workers} worker(s) cannot use {len(devices)} GPUs, as each runs on one: "
+            "deploy at least as many workers as the budget has GPUs."
+        )
     per_worker, extra = divmod(len(devices), num_workers)
     if extra:
         raise BudgetError(
@@ -97,14 +128,18 @@ def _place(num_workers: int, budget: Budget) -> list[tuple[tuple[int, ...], int]
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How every worker of every arm runs. One instance for all arms: that is what makes them comparable."""
+    """How every worker of every arm runs. One instance for all arms: that is what makes them comparable.
+
+    The defaults below are for cores; `on` knows those for GPUs too.
+    """
 
     model: str = "seed"
     random_weights: bool = False
     dtype: Dtype = "float32"
     max_len: int | None = None  # context limit in tokens; None: the model's own
     page_size: int = 16
-    kv_bytes: int = 1 << 30  # KV memory of the whole deployment, split evenly over its workers
+    kv_bytes: int = 1 << 30  # KV memory of the whole deployment, split evenly over its workers; 0: all GPUs have left
+    gpu_memory: float = 0.9  # share of each GPU's memory the deployment may take, weights included, if kv_bytes is 0
     max_batch_tokens: int = 512  # positions a step may compute: the chunk size
     max_running: int = 64
     chunked_prefill: bool = True
@@ -117,6 +152,17 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(f"page_size must be a power of two, not {self.page_size}.")
         if self.max_batch_tokens < 1 or self.max_running < 1:
             raise InputError("max_batch_tokens and max_running must be at least 1.")
+        if not 0 < self.gpu_memory <= 1:
+            raise InputError(f"gpu_memory must be a share above 0 and up to 1, not {self.gpu_memory:g}.")
+
+    @classmethod
+    def on(cls, kind: DeviceKind, **given: Any) -> "EngineSpec":
+        """The fields given, except for those that are None, over the defaults for this kind of device."""
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**(_ON_GPUS if kind == "cuda" else {}), **chosen})
+
+
+_ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 8192, "max_running": 256}
 
 
 class SLO(msgspec.Struct, frozen=True):

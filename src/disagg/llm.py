@@ -59,7 +59,7 @@ class LLM:
         _refuse_unknown(engine)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         placed = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
-        self.cluster = Cluster(placed, EngineSpec(model=model, **engine))
+        self.cluster = Cluster(placed, EngineSpec.on(placed.budget.kind, model=model, **engine))
         self.tokenizer = self.cluster.info.tokenizer
         self._news: dict[str, list[Update]] = {}  # of every open request, until the call that made it looks
 

@@ -7,27 +7,36 @@ from itertools import count, pairwise
 
 import numpy as np
 import pytest
+import torch
+from fake_cuda import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.errors import HandshakeError
 from disagg.transfer.base import runs
 from disagg.transfer.checksum import page_checksums
+from disagg.transfer.cuda_ipc import CudaIpcTransport
 from disagg.transfer.inprocess import InProcessTransport
 from disagg.transfer.shm import SharedMemoryTransport
 
 PAGE_BYTES = 4096
 _names = count()
+_fake = FakeDriver()
 
 MAKERS = {
     "inprocess": lambda num_pages, size=PAGE_BYTES: InProcessTransport(f"test{next(_names)}", num_pages, size),
     "shm": lambda num_pages, size=PAGE_BYTES: SharedMemoryTransport(num_pages, size),
+    "cuda_ipc, fake driver": lambda num_pages, size=PAGE_BYTES: CudaIpcTransport(num_pages, size, cuda=_fake),
+    "cuda_ipc": lambda num_pages, size=PAGE_BYTES: CudaIpcTransport(num_pages, size),
 }
+KINDS = [pytest.param(kind, marks=[pytest.mark.gpu] * (kind == "cuda_ipc")) for kind in MAKERS]
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=KINDS)
 def make(request):
     """Makes transports of one kind and closes them."""
+    if request.param == "cuda_ipc" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     made = []
 
     def maker(*args):
@@ -40,7 +49,14 @@ def make(request):
 
 
 def fill(transport, seed):
-    transport.pages[:] = np.random.default_rng(seed).integers(0, 256, transport.pages.shape, dtype=np.uint8)
+    numbers = np.random.default_rng(seed).integers(0, 256, tuple(transport.pages.shape), dtype=np.uint8)
+    transport.pages[:] = numbers if isinstance(transport.pages, np.ndarray) else torch.from_numpy(numbers)
+
+
+def content(transport):
+    """A copy of the pages as they are now."""
+    pages = transport.pages
+    return pages.copy() if isinstance(pages, np.ndarray) else pages.cpu().clone().numpy()
 
 
 def ended(transport, wanted=1):
@@ -57,7 +73,7 @@ def test_a_pull_copies_the_named_pages_and_no_other(make):
     source, target = make(8), make(8)
     fill(source, 1)
     fill(target, 2)
-    before = target.pages.copy()
+    before = content(target)
     target.connect(source.address())
 
     ticket = target.pull(source.address(), [5, 1, 2], [0, 6, 7])
@@ -65,8 +81,8 @@ def test_a_pull_copies_the_named_pages_and_no_other(make):
 
     assert (done.ticket, done.num_bytes, done.error) == (ticket, 3 * PAGE_BYTES, "")
     assert done.start_at <= done.end_at
-    assert (target.pages[[0, 6, 7]] == source.pages[[5, 1, 2]]).all()
-    assert (target.pages[1:6] == before[1:6]).all()
+    assert (content(target)[[0, 6, 7]] == content(source)[[5, 1, 2]]).all()
+    assert (content(target)[1:6] == before[1:6]).all()
 
 
 def test_an_empty_pull_still_ends(make):
@@ -210,4 +226,4 @@ def test_a_peer_can_be_mapped_again_after_it_was_forgotten(make):
     target.pull(source.address(), [0], [1])
 
     assert ended(target)[0].error == ""
-    assert (target.pages[1] == source.pages[0]).all()
+    assert (content(target)[1] == content(source)[0]).all()

@@ -30,8 +30,9 @@ class KVStorage:
         device: str = "cpu",
         buffer: Any = None,
     ) -> None:
-        """With `buffer` (any writable buffer on the CPU, for example a transport's `pages`), the pages are its bytes
-        and `num_pages` follows from its length unless given. Raises InvariantError when the two do not fit."""
+        """With `buffer` (any writable buffer on the CPU or a tensor of bytes, for example a transport's `pages`), the
+        pages are its bytes, where it is, and `num_pages` follows from its length unless given. Raises InvariantError
+        when the two do not fit."""
         self.page_size = page_size
         self._shape = (num_layers, 2, num_kv_heads, page_size, head_dim)
         self._dtype = dtype
@@ -43,10 +44,11 @@ class KVStorage:
             self.pages = torch.zeros((num_pages, *self._shape), dtype=element, device=device)
             self.num_pages = num_pages
             return
-        raw = torch.from_numpy(np.asarray(memoryview(buffer).cast("B")))
+        raw = buffer if isinstance(buffer, Tensor) else torch.from_numpy(np.asarray(memoryview(buffer).cast("B")))
+        raw = raw.view(-1)
         self.num_pages = len(raw) // self.page_bytes if num_pages is None else num_pages
-        if len(raw) < self.num_pages * self.page_bytes or device != "cpu":
-            need = f"{self.num_pages} pages of {self.page_bytes} bytes on {device}"
+        if len(raw) < self.num_pages * self.page_bytes:
+            need = f"{self.num_pages} pages of {self.page_bytes} bytes"
             raise InvariantError(f"A buffer of {len(raw)} bytes cannot hold {need}.")
         self.pages = raw[: self.num_pages * self.page_bytes].view(element).view(self.num_pages, *self._shape)
 

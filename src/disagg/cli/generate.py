@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from disagg.config import Dtype
+from disagg.config import DTYPES, Dtype
 from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
 
@@ -36,9 +36,9 @@ Examples:
     "--model", default="smollm2", show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
 )
 @click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
 @click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
-@click.option("--budget", help="cpu:N (cores). Default: all cores of this process.")
+@click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
 @click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
 @click.option("--prefix-caching", is_flag=True, help="Share the pages of prompts that begin alike.")
 @click.option("--chat", is_flag=True, help="Put the text into the model's chat template as a user's message.")
@@ -55,7 +55,7 @@ def generate(
     ids: str | None,
     model: str,
     random_weights: bool,
-    dtype: Dtype,
+    dtype: Dtype | None,
     deploy: str,
     budget: str | None,
     chat: bool,

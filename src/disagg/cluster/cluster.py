@@ -74,11 +74,12 @@ class Cluster:
     ) -> None:
         from disagg.model.load import load_info
 
+        limits.check_devices(deployment.budget)
         self.info = load_info(engine.model, engine.max_len)
         self.engine = limits.resolved(engine, self.info.spec.max_len)
         self.deployment = deployment
         self._eos = frozenset(self.info.spec.eos_ids)
-        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, len(deployment.workers))
+        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, deployment)
         self._max_outstanding = max_outstanding
         self._clock = WallClock()
         self._ledger = Ledger()
@@ -90,7 +91,8 @@ class Cluster:
         self._closed = False
         self._folder = make_folder()
         self._mailbox = Mailbox(self._folder, FRONT)
-        template = Template(self.engine, self._folder) if supervise else None
+        forks = supervise and deployment.budget.kind == "cpu"  # a process that has used a GPU cannot be forked
+        template = Template(self.engine, self._folder) if forks else None
         heartbeat_s = _HEARTBEAT_S if supervise else None
         configs = [
             WorkerConfig(spec, 0, self.engine, str(self._folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
@@ -102,6 +104,7 @@ class Cluster:
         self._router = Router(policy or LeastOutstanding())
         try:
             self._supervisor.start(lambda names: progress(f"{deployment.name}: waiting for {', '.join(sorted(names))}"))
+            self.num_pages = min(seat.hello.num_pages for seat in self._supervisor.seats.values() if seat.hello)
             for seat in self._supervisor.seats.values():
                 self._router.add(WorkerView(seat.worker, seat.config.spec.role))
             if supervise and deployment.disaggregated:
@@ -300,7 +303,7 @@ class Cluster:
         if isinstance(message, m.Progress):
             self._progress(message, now, updates)
         elif isinstance(message, m.Hello):
-            self._welcome(message.worker)
+            self._welcome(message)
         elif isinstance(message, m.Heartbeat):
             self._supervisor.heard(message.worker)
         elif isinstance(message, m.Draining):
@@ -323,11 +326,11 @@ class Cluster:
         for request_id, reason in news.retry:
             self._retry(request_id, reason, updates)
 
-    def _welcome(self, worker: str) -> None:
+    def _welcome(self, hello: m.Hello) -> None:
         """A restarted worker is ready."""
-        seat = self._supervisor.hello(worker)
+        seat = self._supervisor.hello(hello)
         if seat is not None:
-            self._router.add(WorkerView(worker, seat.config.spec.role))
+            self._router.add(WorkerView(hello.worker, seat.config.spec.role))
             parked, self._parked = self._parked, []
             for request_id in parked:
                 if request_id in self._ledger:

@@ -86,7 +86,7 @@ def spawn(config: WorkerConfig) -> Process:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=_environment(len(config.spec.devices)),
+            env=_environment(config.spec.num_threads),
             start_new_session=True,
         )
     stdin = popen.stdin

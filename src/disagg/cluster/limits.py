@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import msgspec
 
 from disagg.cluster.worker import KV_DTYPE
-from disagg.config import EngineSpec
-from disagg.errors import InputError, RequestError
+from disagg.config import Budget, Deployment, DeviceKind, EngineSpec
+from disagg.errors import BudgetError, InputError, RequestError
 from disagg.model.spec import ModelSpec
 from disagg.request import SamplingParams
 
@@ -19,9 +19,35 @@ def resolved(engine: EngineSpec, model_max_len: int) -> EngineSpec:
     return msgspec.structs.replace(engine, max_len=max_len)
 
 
-def pages_per_worker(engine: EngineSpec, spec: ModelSpec, num_workers: int) -> int:
-    """An even split of the KV memory. Raises InputError when it is not enough for a single page each."""
-    page_bytes = bytes_for(spec, 1, engine.page_size)
+def check_devices(budget: Budget) -> None:
+    """Raise BudgetError for a GPU that is not here."""
+    if budget.kind == "cpu":
+        return
+    from disagg.transfer.cuda_driver import CudaError, driver
+
+    try:
+        num_gpus = driver().num_devices
+    except CudaError as error:
+        raise BudgetError(f"Budget {budget} cannot be used here: {error}") from None
+    if (most := max(budget.devices)) >= num_gpus:
+        there = f"this process sees {num_gpus}" + (f": use 0 to {num_gpus - 1}" if num_gpus else "")
+        raise BudgetError(f"Budget {budget} names GPU {most} and {there}.")
+
+
+def kv_dtype(engine: EngineSpec, kind: DeviceKind) -> str:
+    """The dtype of keys and values in the cache."""
+    return KV_DTYPE if kind == "cpu" else engine.dtype
+
+
+def pages_per_worker(engine: EngineSpec, spec: ModelSpec, deployment: Deployment) -> int:
+    """An even split of the KV memory; 0: each worker finds out what its GPU has left.
+
+    Raises InputError when it is not enough for a single page each.
+    """
+    num_workers, kind = len(deployment.workers), deployment.budget.kind
+    if engine.kv_bytes == 0 and kind == "cuda":
+        return 0
+    page_bytes = bytes_for(spec, 1, engine.page_size, kv_dtype(engine, kind))
     num_pages = engine.kv_bytes // num_workers // page_bytes
     if num_pages < 2:
         raise InputError(
@@ -31,9 +57,9 @@ def pages_per_worker(engine: EngineSpec, spec: ModelSpec, num_workers: int) -> i
     return num_pages
 
 
-def bytes_for(spec: ModelSpec, num_pages: int, page_size: int) -> int:
+def bytes_for(spec: ModelSpec, num_pages: int, page_size: int, dtype: str = KV_DTYPE) -> int:
     """KV memory that so many pages take."""
-    return spec.kv_bytes_per_token(KV_DTYPE) * page_size * num_pages
+    return spec.kv_bytes_per_token(dtype) * page_size * num_pages
 
 
 def validate(

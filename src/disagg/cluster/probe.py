@@ -2,18 +2,18 @@
 
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
 
 from disagg.clock import WallClock
 from disagg.errors import DisaggError
-from disagg.transfer.shm import SharedMemoryTransport
+from disagg.transfer.base import Transport
 
 MIB = 1 << 20
-SIZES = (1 * MIB, 16 * MIB, 64 * MIB)
-_REPEATS = 7
+_SIZES = (1 * MIB, 16 * MIB, 64 * MIB)
+REPEATS = 7
 _LATENCY_REPEATS = 200
 _LIMIT_S = 10.0  # of one pull
 _clock = WallClock()
@@ -24,12 +24,12 @@ class Speed(msgspec.Struct, frozen=True):
 
     num_bytes: int
     pull_gb_s: float
-    memcpy_gb_s: float
+    plain_gb_s: float  # a copy within the memory the pages come to
 
     @property
     def share(self) -> float:
         """Of what memory can do."""
-        return self.pull_gb_s / self.memcpy_gb_s
+        return self.pull_gb_s / self.plain_gb_s
 
 
 class Path(msgspec.Struct, frozen=True):
@@ -39,6 +39,7 @@ class Path(msgspec.Struct, frozen=True):
     page_bytes: int
     latency_s: float
     speeds: list[Speed]
+    warning: str = ""  # a sentence, when pages take a way around
 
 
 def shared_memory(page_bytes: int) -> Path:
@@ -46,10 +47,31 @@ def shared_memory(page_bytes: int) -> Path:
 
     Raises DisaggError when a pull fails, HandshakeError when the pages cannot be opened.
     """
-    num_pages = -(-SIZES[-1] // page_bytes)
-    ended = threading.Event()
+    from disagg.transfer.shm import SharedMemoryTransport
+
+    num_pages, ended = -(-_SIZES[-1] // page_bytes), threading.Event()
     source = SharedMemoryTransport(num_pages, page_bytes)
     target = SharedMemoryTransport(num_pages, page_bytes, ended.set)
+    try:
+        latency_s, speeds = measure(source, target, ended, page_bytes, _SIZES, _memcpy_s)
+    finally:
+        target.close()
+        source.close()
+    return Path("shared memory", page_bytes, latency_s, speeds)
+
+
+def measure(
+    source: Transport,
+    target: Transport,
+    ended: threading.Event,
+    page_bytes: int,
+    sizes: Sequence[int],
+    plain_copy_s: Callable[[int], float],
+) -> tuple[float, list[Speed]]:
+    """Latency of a page in seconds, and the speed at each size. Both ends hold the largest; `ended` is target's wake.
+
+    `plain_copy_s` gives the seconds of an ordinary copy of so many bytes.
+    """
 
     def pull(count: int) -> None:
         ended.clear()
@@ -57,30 +79,27 @@ def shared_memory(page_bytes: int) -> Path:
         arrived = ended.wait(_LIMIT_S)
         errors = [pulled.error for pulled in target.poll() if pulled.error]
         if errors or not arrived:
-            raise DisaggError(f"Pages cannot be pulled through shared memory: {errors[0] if errors else 'no answer'}.")
+            raise DisaggError(f"Pages cannot be pulled: {errors[0] if errors else f'no answer in {_LIMIT_S:g} s'}.")
 
-    try:
-        target.connect(source.address())
-        pull(num_pages)  # what is done once
-        latency_s = _median(lambda: pull(1), _LATENCY_REPEATS)
-        speeds = []
-        for size in SIZES:
-            count = max(1, size // page_bytes)
-            moved = count * page_bytes
-            pulling = _median(lambda count=count: pull(count), _REPEATS)  # type: ignore[misc]
-            speeds.append(Speed(moved, moved / pulling / 1e9, moved / _memcpy_s(moved) / 1e9))
-    finally:
-        target.close()
-        source.close()
-    return Path("shared memory", page_bytes, latency_s, speeds)
+    target.connect(source.address())
+    pull(max(1, sizes[-1] // page_bytes))  # what is done once
+    latency_s = median(lambda: pull(1), _LATENCY_REPEATS)
+    speeds = []
+    for size in sizes:
+        count = max(1, size // page_bytes)
+        moved = count * page_bytes
+        pulling = median(lambda count=count: pull(count), REPEATS)  # type: ignore[misc]
+        speeds.append(Speed(moved, moved / pulling / 1e9, moved / plain_copy_s(moved) / 1e9))
+    return latency_s, speeds
 
 
 def _memcpy_s(num_bytes: int) -> float:
     source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
-    return _median(lambda: np.copyto(target, source), _REPEATS)
+    return median(lambda: np.copyto(target, source), REPEATS)
 
 
-def _median(action: Callable[[], None], repeats: int) -> float:
+def median(action: Callable[[], None], repeats: int) -> float:
+    """Seconds an action usually takes."""
     times = []
     for _ in range(repeats):
         start = _clock.now()

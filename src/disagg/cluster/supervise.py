@@ -39,6 +39,7 @@ class Seat:
     config: WorkerConfig  # of that process, or of the next
     process: Process | None = None
     up: bool = False  # it said Hello and has not died since
+    hello: m.Hello | None = None  # the last one said
     draining: bool = False
     since: float = 0.0  # when it was started, heard of last, or when it may be started again
     num_starts: int = 0  # without a Hello
@@ -99,7 +100,7 @@ class Supervisor:
                 if isinstance(message, m.StartFailed):
                     raise (InputError if message.input_error else DisaggError)(message.reason)
                 if isinstance(message, m.Hello):
-                    self.hello(message.worker)
+                    self.hello(message)
             for seat in self.seats.values():
                 if seat.process is not None and seat.process.exit_fd in readable:
                     raise WorkerLost(seat.process.obituary())
@@ -107,11 +108,11 @@ class Supervisor:
                 raise WorkerLost(f"Worker {waiting[0]} was not ready after {START_S:g} s.")
         self._checked_at = self._clock.now()
 
-    def hello(self, worker: str) -> Seat | None:
+    def hello(self, hello: m.Hello) -> Seat | None:
         """A worker is ready. None: it is not the one we wait for."""
-        seat = self.seat_of(worker)
+        seat = self.seat_of(hello.worker)
         if seat is not None:
-            seat.up, seat.num_starts, seat.since = True, 0, self._clock.now()
+            seat.up, seat.hello, seat.num_starts, seat.since = True, hello, 0, self._clock.now()
         return seat
 
     def heard(self, worker: str) -> None:

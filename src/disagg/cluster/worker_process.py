@@ -21,18 +21,22 @@ from disagg.config import EngineSpec
 from disagg.errors import DisaggError, InputError
 
 if TYPE_CHECKING:
+    from disagg.engine.engine import Runs
     from disagg.model.load import Loaded
+    from disagg.transfer.cuda_ipc import CudaIpcTransport
+    from disagg.transfer.layout import Layout
+    from disagg.transfer.shm import SharedMemoryTransport
 
 _WARM_UP_PAGES = 8
 
 
-def load(engine: EngineSpec) -> "Loaded":
-    """The model every worker of a deployment runs. Raises ModelError and InputError."""
+def load(engine: EngineSpec, device: str) -> "Loaded":
+    """The model every worker of a deployment runs, on `device` as torch names it. Raises ModelError and InputError."""
     from disagg.model.load import load_model
 
     return load_model(
-        engine.model, dtype=engine.dtype, random_weights=engine.random_weights, seed=engine.weights_seed,
-        max_len=engine.max_len,
+        engine.model, dtype=engine.dtype, device=device, random_weights=engine.random_weights,
+        seed=engine.weights_seed, max_len=engine.max_len,
     )  # fmt: skip
 
 
@@ -52,28 +56,27 @@ def warm_up(loaded: "Loaded", page_size: int) -> None:
         num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, page_size=page_size,
         num_pages=_WARM_UP_PAGES, dtype=loaded.kv_dtype,
     )).warm_up()  # fmt: skip
-    copy_runs(np.zeros((2, 64), np.uint8), np.zeros((2, 64), np.uint8), [(0, 1, 1)])
+    copy_runs(np.zeros((2, 64), np.uint8), np.zeros((2, 64), np.uint8), np.array([[0, 1, 1]]))
 
 
 def build(config: WorkerConfig, loaded: "Loaded", mailbox: Mailbox, wake: Callable[[], None]) -> Worker:
     """Make the pages and warm the kernels up. Raises InputError."""
-    from disagg.cache.storage import KVStorage
-    from disagg.engine.runner import Runner
     from disagg.transfer.layout import Layout
-    from disagg.transfer.shm import SharedMemoryTransport
 
     engine, spec = config.engine, loaded.spec
     layout = Layout(
         model=loaded.fingerprint, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads,
         page_size=engine.page_size, head_dim=spec.head_dim, dtype=loaded.kv_dtype,
     )  # fmt: skip
-    transport = SharedMemoryTransport(config.num_pages, layout.page_bytes, wake)
-    runner = Runner(loaded, KVStorage(
-        num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-        page_size=engine.page_size, num_pages=config.num_pages, dtype=loaded.kv_dtype, buffer=transport.pages,
-    ))  # fmt: skip
-    runner.warm_up()
-    hello = m.Hello(config.worker, transport.address(), layout, config.num_pages)
+    made: tuple[SharedMemoryTransport | CudaIpcTransport, Runs]
+    if config.spec.kind == "cpu":
+        made = _on_cores(config, loaded, layout, wake)
+    else:
+        from disagg.cluster.on_gpu import on_gpu
+
+        made = on_gpu(config, loaded, layout, wake)
+    transport, runner = made
+    hello = m.Hello(config.worker, transport.address(), layout, len(transport.pages))
     if not engine.checksum:
         return Worker(config, hello, mailbox, runner, transport)
     from disagg.transfer.checksum import page_checksums
@@ -81,16 +84,37 @@ def build(config: WorkerConfig, loaded: "Loaded", mailbox: Mailbox, wake: Callab
     return Worker(config, hello, mailbox, runner, transport, page_checksums(transport.pages))
 
 
+def _on_cores(
+    config: WorkerConfig, loaded: "Loaded", layout: "Layout", wake: Callable[[], None]
+) -> tuple["SharedMemoryTransport", "Runs"]:
+    """Pages in shared memory, and the runner over them, warm."""
+    from disagg.cache.storage import KVStorage
+    from disagg.engine.runner import Runner
+    from disagg.transfer.shm import SharedMemoryTransport
+
+    transport = SharedMemoryTransport(config.num_pages, layout.page_bytes, wake)
+    runner = Runner(loaded, KVStorage(
+        num_layers=layout.num_layers, num_kv_heads=layout.num_kv_heads, head_dim=layout.head_dim,
+        page_size=layout.page_size, num_pages=config.num_pages, dtype=layout.dtype, buffer=transport.pages,
+    ))  # fmt: skip
+    runner.warm_up()
+    return transport, runner
+
+
 def serve(config: WorkerConfig, parent_fd: int, loaded: "Loaded | None" = None) -> None:
     """Be this worker until told to stop or until `parent_fd` closes. `loaded`: the model, if it is here already."""
-    os.sched_setaffinity(0, config.spec.devices)  # before torch makes its threads
+    if config.spec.kind == "cpu":
+        os.sched_setaffinity(0, config.spec.devices)  # before torch makes its threads
     mailbox = Mailbox(Path(config.folder), config.worker)
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         import torch
 
-        torch.set_num_threads(len(config.spec.devices))
-        worker = build(config, loaded or load(config.engine), mailbox, lambda: os.eventfd_write(wake_fd, 1))
+        torch.set_num_threads(config.spec.num_threads)
+        if config.spec.kind == "cuda":
+            torch.cuda.set_device(config.spec.torch_device)
+        loaded = loaded or load(config.engine, config.spec.torch_device)
+        worker = build(config, loaded, mailbox, lambda: os.eventfd_write(wake_fd, 1))
     except DisaggError as error:
         mailbox.send(FRONT, m.StartFailed(config.worker, str(error), isinstance(error, InputError)))
         raise

@@ -17,7 +17,9 @@ them until its peer says it is done or dropped them; the puller keeps its target
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 
 class Pulled(NamedTuple):
@@ -72,3 +74,12 @@ def runs(theirs: Sequence[int], ours: Sequence[int]) -> list[tuple[int, int, int
                 continue
         merged.append((source, target, 1))
     return merged
+
+
+def run_table(theirs: Sequence[int], ours: Sequence[int], num_theirs: int, num_ours: int) -> "np.ndarray[Any, Any]":
+    """The runs as int64 [n, 3], for pools of so many pages. Raises IndexError for a page outside of either."""
+    table = np.array(runs(theirs, ours), np.int64).reshape(-1, 3)
+    ends = table[:, :2] + table[:, 2:]
+    if len(table) and (table.min() < 0 or ends[:, 0].max() > num_theirs or ends[:, 1].max() > num_ours):
+        raise IndexError("a run of pages lies outside of its pool")
+    return table

@@ -35,15 +35,6 @@ def _copy(target, source, runs, page_bytes):
         _memcpy(target + ours * page_bytes, source + first * page_bytes, count * page_bytes)
 
 
-def copy_runs(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any], runs: list[tuple[int, int, int]]) -> None:
-    """Copy page runs (source page, target page, count) between two uint8 arrays [num_pages, page_bytes].
-
-    Raises IndexError, before anything is copied, for a run outside of either array.
-    """
-    if not runs:
-        return
-    table = np.array(runs, np.int64)
-    ends = table[:, :2] + table[:, 2:]
-    if table.min() < 0 or ends[:, 0].max() > len(source) or ends[:, 1].max() > len(target):
-        raise IndexError("a run of pages lies outside of its pool")
+def copy_runs(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any], table: np.ndarray[Any, Any]) -> None:
+    """Copy page runs, a `base.run_table` of these two arrays, uint8 [num_pages, page_bytes] each."""
     _copy(target.ctypes.data, source.ctypes.data, table, target.shape[1])

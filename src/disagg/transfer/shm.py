@@ -7,8 +7,6 @@ its owner's death until it is unmapped, so a copy in flight never faults.
 
 import mmap
 import os
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,18 +14,16 @@ import numpy as np
 
 from disagg.clock import WallClock
 from disagg.errors import HandshakeError
-from disagg.transfer.base import Pulled, runs
+from disagg.transfer.base import Pulled, run_table
+from disagg.transfer.beside import Copied, CopyThread, Order
 from disagg.transfer.copy import copy_runs
 
 
 class SharedMemoryTransport:
-    """Pages in a memfd, uint8 [num_pages, page_bytes]; one copying thread, which holds no GIL while it copies.
-
-    `wake` is called from that thread when a pull has ended, so that a sleeping owner comes to poll.
-    """
+    """Pages in a memfd, uint8 [num_pages, page_bytes]; one copying thread, which holds no GIL while it copies."""
 
     def __init__(self, num_pages: int, page_bytes: int, wake: Callable[[], None] = lambda: None) -> None:
-        self._wake = wake
+        """`wake`: see CopyThread."""
         self._page_bytes = page_bytes
         self._fd = os.memfd_create("disagg-pages", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, num_pages * page_bytes)
@@ -36,12 +32,8 @@ class SharedMemoryTransport:
         self._map = mmap.mmap(self._fd, num_pages * page_bytes, flags=flags)
         self.pages = np.frombuffer(self._map, dtype=np.uint8).reshape(num_pages, page_bytes)
         self._peers: dict[str, np.ndarray[Any, Any]] = {}
-        self._orders: queue.SimpleQueue[tuple[int, str, list[int], list[int]] | None] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[Pulled] = queue.SimpleQueue()
-        self._next_ticket = 0
         self._clock = WallClock()
-        self._thread = threading.Thread(target=self._work, name="disagg-pull", daemon=True)
-        self._thread.start()
+        self._thread = CopyThread(self._copy, wake)
 
     def address(self) -> str:
         """See Transport."""
@@ -67,19 +59,11 @@ class SharedMemoryTransport:
 
     def pull(self, address: str, theirs: Sequence[int], ours: Sequence[int]) -> int:
         """See Transport."""
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        self._orders.put((ticket, address, list(theirs), list(ours)))
-        return ticket
+        return self._thread.pull(address, theirs, ours)
 
     def poll(self) -> list[Pulled]:
         """See Transport."""
-        ended = []
-        while True:
-            try:
-                ended.append(self._ended.get_nowait())
-            except queue.Empty:
-                return ended
+        return self._thread.poll()
 
     def disconnect(self, address: str) -> None:
         """See Transport. The mapping goes when the copying thread drops its last reference to it."""
@@ -87,23 +71,14 @@ class SharedMemoryTransport:
 
     def close(self) -> None:
         """See Transport."""
-        self._orders.put(None)
-        self._thread.join()
+        self._thread.close()
         self._peers.clear()
         os.close(self._fd)
 
-    def _work(self) -> None:
-        while (order := self._orders.get()) is not None:
-            self._ended.put(self._copy(*order))
-            self._wake()
-
-    def _copy(self, ticket: int, address: str, theirs: list[int], ours: list[int]) -> Pulled:
+    def _copy(self, order: Order) -> Copied:
         start = self._clock.now()
-        source = self._peers.get(address)
+        source = self._peers.get(order.address)
         if source is None:
-            return Pulled(ticket, 0, start, start, f"not connected to {address}")
-        try:
-            copy_runs(self.pages, source, runs(theirs, ours))
-        except IndexError as error:
-            return Pulled(ticket, 0, start, start, str(error))
-        return Pulled(ticket, len(ours) * self._page_bytes, start, self._clock.now())
+            raise HandshakeError(f"not connected to {order.address}")
+        copy_runs(self.pages, source, run_table(order.theirs, order.ours, len(source), len(self.pages)))
+        return len(order.ours) * self._page_bytes, start, self._clock.now()
