@@ -143,3 +143,42 @@ def test_every_request_is_counted_once():
     assert {name: ledger.counts[name] for name in ("started", "done", "failed", "aborted")} == {
         "started": 1, "done": 0, "failed": 0, "aborted": 1,
     }  # fmt: skip
+
+
+def test_the_record_says_who_wrote_and_how_often_it_was_sent():
+    """A hand-off that failed is billed to the worker that went on with it, and every attempt is counted."""
+    ledger, live = opened(max_tokens=2)
+    told(ledger, "P.0", [token(0, 10, facts="P.0")])
+    (update,) = told(ledger, "P.0", [token(1, 11)], [ended(2, "P.0")]).updates
+    assert (update.record.decode_worker, update.record.num_attempts) == ("P.0", 1)
+
+    ledger, live = opened()
+    live.next_attempt()
+    assert live.record.num_attempts == 2
+
+
+def test_a_deadline_is_said_once_and_counted_by_itself():
+    """Overdue requests are named once, those that ended in time never; the counters still add up."""
+    ledger = Ledger()
+    for name, deadline in (("a", 5.0), ("b", 3.0), ("c", 4.0)):
+        record = Record(request_id=name, index=0, prompt_len=1)
+        ledger.open(Live(record, [1], SamplingParams(), [], 0.0, deadline=deadline))
+    ledger.close("c", FinishReason.STOP)
+    assert ledger.overdue(2.9) == []
+    assert ledger.overdue(6.0) == ["b", "a"]
+    assert ledger.overdue(9.0) == []
+    ledger.close("b", FinishReason.ERROR, "late", expired=True)
+    counts = ledger.counts
+    assert (counts["expired"], counts["done"], counts["failed"]) == (1, 1, 0)
+    assert counts["started"] == sum(counts[k] for k in ("done", "failed", "expired", "aborted")) + len(ledger)
+
+
+def test_every_end_is_told_once():
+    """Whoever asked for it is told the complete Record of each request, once, however it ended."""
+    seen = []
+    ledger = Ledger(seen.append)
+    for name in "ab":
+        ledger.open(Live(Record(request_id=name, index=0, prompt_len=1), [1], SamplingParams(), [], 0.0))
+    ledger.close("a", FinishReason.ABORT)
+    ledger.close("a", FinishReason.ABORT)
+    assert [(record.request_id, record.finish_reason) for record in seen] == [("a", "abort")]

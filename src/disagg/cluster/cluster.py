@@ -8,42 +8,36 @@ with the tokens the client already has, after the attempt that is left of it was
 thread submits and polls, and what is said of workers here happens while it polls.
 """
 
-import difflib
+import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import msgspec
 
+from disagg.cache.prefix import page_hashes
 from disagg.clock import WallClock
-from disagg.cluster import canary, limits
+from disagg.cluster import canary, limits, policies
 from disagg.cluster import messages as m
-from disagg.cluster.launch import Process, Template, make_folder, remove_folder
+from disagg.cluster.launch import Template, make_folder, remove_folder
 from disagg.cluster.ledger import Ledger, Live
 from disagg.cluster.ledger import Update as Update
 from disagg.cluster.mailbox import FRONT, Mailbox
-from disagg.cluster.router import LeastOutstanding, Policy, Route, Router, WorkerView
-from disagg.cluster.supervise import Death, Seat, Supervisor
+from disagg.cluster.prefix_map import PrefixMap
+from disagg.cluster.router import Route, Router, WorkerView
+from disagg.cluster.status import Recent, Snapshot, Status, WorkerLine
+from disagg.cluster.supervise import Death, Supervisor
+from disagg.cluster.supervise import WorkerStatus as WorkerStatus
 from disagg.cluster.worker import WorkerConfig
 from disagg.config import Deployment, EngineSpec, Role
-from disagg.errors import InputError, Overloaded, WorkerLost
+from disagg.errors import Overloaded, RequestError, WorkerLost
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
 
 MOST_ATTEMPTS = 5  # of one request: one that kills every worker it meets must not do so for ever
 _HEARTBEAT_S = 0.25
 _LONGEST_RETRY_AFTER_S = 60.0
-
-
-class WorkerStatus(NamedTuple):
-    """One worker of the deployment as the front end sees it."""
-
-    name: str
-    address: str  # name.epoch
-    role: Role
-    up: bool
-    process: Process | None
 
 
 class Cluster:
@@ -54,9 +48,10 @@ class Cluster:
     lease_s: how long pages wait for a decode worker that does not ask for them. max_wait_s: bounds each wait of a
         hand-off. silence_s: a supervised worker that says nothing for so long is killed; well above its longest step.
     max_outstanding: requests at a time; `submit` refuses more.
+    policy: one of policies.POLICIES.
 
     `num_pages` is what each worker's KV cache holds. Raises ModelError, BudgetError, WorkerLost and DisaggError from
-    the constructor, after cleaning up.
+    the constructor, after cleaning up; HandshakeError when workers cannot exchange pages.
     """
 
     def __init__(
@@ -64,7 +59,7 @@ class Cluster:
         deployment: Deployment,
         engine: EngineSpec,
         *,
-        policy: Policy | None = None,
+        policy: str = policies.DEFAULT,
         supervise: bool = False,
         lease_s: float = 10.0,
         max_wait_s: float = 60.0,
@@ -74,25 +69,26 @@ class Cluster:
     ) -> None:
         from disagg.model.load import load_info
 
-        limits.check_devices(deployment.budget)
+        pick = policies.named(policy)
         self.info = load_info(engine.model, engine.max_len)
         self.engine = limits.resolved(engine, self.info.spec.max_len)
         self.deployment = deployment
         self._eos = frozenset(self.info.spec.eos_ids)
-        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, deployment)
+        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, len(deployment.workers))
         self._max_outstanding = max_outstanding
         self._clock = WallClock()
-        self._ledger = Ledger()
+        self._policy = policy
+        self._ledger = Ledger(self._over)
+        self._recent = Recent()
+        self._snapshots: dict[str, Snapshot] = {}  # by address: the last one of each worker
         self._parked: list[str] = []  # requests that wait for a worker to come up
         self._held_back: list[Update] = []  # news that came while somebody waited for something else
         self._audits: dict[str, m.AuditReport] = {}
         self._serial = 0
-        self._last_end_at = self._end_gap_s = 0.0
         self._closed = False
         self._folder = make_folder()
         self._mailbox = Mailbox(self._folder, FRONT)
-        forks = supervise and deployment.budget.kind == "cpu"  # a process that has used a GPU cannot be forked
-        template = Template(self.engine, self._folder) if forks else None
+        template = Template(self.engine, self._folder) if supervise else None
         heartbeat_s = _HEARTBEAT_S if supervise else None
         configs = [
             WorkerConfig(spec, 0, self.engine, str(self._folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
@@ -101,10 +97,10 @@ class Cluster:
         self._supervisor = Supervisor(
             configs, self._mailbox, self._clock, restart=supervise, silence_s=silence_s, fork_from=template
         )
-        self._router = Router(policy or LeastOutstanding())
         try:
             self._supervisor.start(lambda names: progress(f"{deployment.name}: waiting for {', '.join(sorted(names))}"))
-            self.num_pages = min(seat.hello.num_pages for seat in self._supervisor.seats.values() if seat.hello)
+            prefixes = PrefixMap(self.engine.page_size, self.num_pages) if self.engine.prefix_caching else None
+            self._router = Router(pick, prefixes=prefixes)
             for seat in self._supervisor.seats.values():
                 self._router.add(WorkerView(seat.worker, seat.config.spec.role))
             if supervise and deployment.disaggregated:
@@ -130,18 +126,23 @@ class Cluster:
         scheduled_at: float | None = None,
         index: int = 0,
         route: Route | None = None,
+        routing: policies.Routing | None = None,
+        deadline_s: float = math.inf,
     ) -> str:
         """Send one request of token ids; returns its id.
 
         `scheduled_at`: when it should have been sent, if not now. `route`: the names of the workers to use, for its
-        first attempt. Raises RequestError when it could never be served and Overloaded when there are too many, before
-        anything is sent.
+        first attempt. `routing`: whether one worker or two shall serve it, instead of what the policy says.
+        `deadline_s`: it ends with an error when it is not done so long after now. Raises RequestError when it could
+        never be served and Overloaded when there are too many, before anything is sent.
         """
         limits.validate(prompt, params, self.engine, self.info.spec.vocab_size, self.num_pages)
-        pinned = None if route is None else Route(self._seat(route.prefill).worker, self._seat(route.decode).worker)
+        if routing == "disaggregated" and len(self.deployment.workers) < 2:
+            raise RequestError(f"{self.deployment.name} has one worker: nothing can be handed over.")
+        pinned = None if route is None else Route(*(self._supervisor.named(name).worker for name in route))
         if len(self._ledger) >= self._max_outstanding:
             self._ledger.counts["refused"] += 1
-            raise Overloaded(self._retry_after_s())
+            raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
         now = self._clock.now()
         if params.seed is None and not params.greedy:
             params = msgspec.structs.replace(params, seed=uuid4().int >> 65)
@@ -155,20 +156,17 @@ class Cluster:
             scheduled_at=now if scheduled_at is None else scheduled_at,
             sent_at=now,
         )
-        live = Live(record, list(prompt), params, sorted(stop_ids), self._clock.now(), pinned)
+        live = Live(
+            record, list(prompt), params, sorted(stop_ids), self._clock.now(), pinned,
+            routing=routing, deadline=now + deadline_s,
+        )  # fmt: skip
         self._ledger.open(live)
         self._place(live)
         return record.request_id
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Record | None:
         """End a request now; returns its Record, or None when it is over already. Its pages are freed behind us."""
-        live = self._ledger.close(request_id, reason)
-        if live is None:
-            return None
-        self._router.ended(request_id)
-        for worker in {*(live.route or ())}:
-            self._send(worker, m.Abort(request_id))
-        return live.record
+        return self._cut_off(request_id, reason)
 
     def poll(self, timeout_s: float) -> list[Update]:
         """What happened since the last call, after waiting up to `timeout_s` for the first news.
@@ -183,12 +181,15 @@ class Cluster:
         deaths = self._supervisor.check(readable)
         if deaths:
             self._mourn(deaths, updates)
+        for request_id in self._ledger.overdue(now):
+            record = self._cut_off(request_id, FinishReason.ERROR, "It was not done by its deadline.", expired=True)
+            updates.append(Update(request_id, [], [], record))
         for worker, silent in self._supervisor.silent().items():
             self._router.set_silent(worker, silent)
         for seat in self._supervisor.seats.values():
             if seat.draining and not self._ledger.that_need(seat.worker):
                 self._send(seat.worker, m.Stop())
-                seat.draining = False  # said; should it not have heard, its next Draining starts anew
+                seat.draining = False  # said; should it not have heard, its next heartbeat starts anew
         return updates
 
     def watch(self, fd: int) -> None:
@@ -202,34 +203,47 @@ class Cluster:
 
     def workers(self) -> list[WorkerStatus]:
         """Every worker of the deployment, dead or alive."""
-        seats = self._supervisor.seats
-        return [
-            WorkerStatus(name, seat.worker, seat.config.spec.role, seat.up, seat.process)
-            for name, seat in seats.items()
-        ]
+        return self._supervisor.workers()
 
     def set_role(self, name: str, role: Role) -> None:
         """Give the worker `name` another role. Only routing changes: requests under way end where they are.
 
         Raises InputError for an unknown name.
         """
-        seat = self._seat(name, must_be_up=False)
+        seat = self._supervisor.named(name, must_be_up=False)
         seat.config = msgspec.structs.replace(seat.config, spec=msgspec.structs.replace(seat.config.spec, role=role))
         self._router.set_role(seat.worker, role)
 
     def drain(self, name: str) -> None:
         """Let the worker `name` finish what needs it, then end it; supervised, its successor takes over."""
-        seat = self._seat(name)
+        seat = self._supervisor.named(name)
         seat.draining = True
         self._router.remove(seat.worker)
 
     def withhold(self, name: str, for_s: float) -> None:
         """Fault injection: the worker `name` has no free page for `for_s` seconds."""
-        self._send(self._seat(name).worker, m.Withhold(for_s))
+        self._send(self._supervisor.named(name).worker, m.Withhold(for_s))
 
     def counters(self) -> dict[str, int]:
-        """started == done + failed + aborted + live. `retried` requests needed a second attempt or more."""
+        """started == done + failed + expired + aborted + live. `retried` requests needed a second attempt or more."""
         return {**self._ledger.counts, "live": len(self._ledger), "restarts": self._supervisor.num_restarts}
+
+    def status(self) -> Status:
+        """What the deployment does now and did in the last minutes, as far as workers told by themselves.
+
+        Does not block and may be called from any thread. Workers without supervision tell nothing.
+        """
+        now = self._clock.now()
+        silent = self._supervisor.silent()
+        lines = [
+            WorkerLine(w.name, w.address, w.role, w.up, silent.get(w.address, False), self._snapshots.get(w.address))
+            for w in self.workers()
+        ]
+        return Status(
+            now, self.deployment.name, self.engine.model, self._policy, self.num_pages, self.engine.page_size,
+            self._supervisor.page_bytes, lines, self.counters(),
+            self._recent.series(now), self._recent.rows(),
+        )  # fmt: skip
 
     def audit(self, timeout_s: float = 5.0) -> list[m.AuditReport]:
         """Where every page of every worker is. Tokens that come meanwhile are kept for the next `poll`.
@@ -268,10 +282,17 @@ class Cluster:
         """Send the request's present attempt, now or when there is a worker."""
         record, num_known = live.record, len(live.record.tokens)
         prompt_len, owed = len(live.prompt) + num_known, live.params.max_tokens - num_known
-        live.route = self._router.route(record.request_id, prompt_len, owed, live.pinned)
-        if live.route is None:
+        caching = self.engine.prefix_caching
+        decision = self._router.route(
+            record.request_id, prompt_len, owed,
+            hashes=page_hashes(live.prompt + record.tokens, self.engine.page_size) if caching else (),
+            pinned=live.pinned,
+            policy=policies.ROUTINGS[live.routing] if live.routing else None,
+        )  # fmt: skip
+        if decision is None:
             self._parked.append(record.request_id)
             return
+        live.route, record.estimates = decision.route, list(decision.estimates)
         record.prefill_worker, record.decode_worker = live.route
         self._mailbox.send(live.route.prefill, live.submit())
 
@@ -297,6 +318,23 @@ class Cluster:
         assert live is not None
         updates.append(Update(request_id, [], [], live.record))
 
+    def _cut_off(
+        self, request_id: str, reason: FinishReason, error: str = "", *, expired: bool = False
+    ) -> Record | None:
+        """End a request that workers may still compute; None when it is over already."""
+        live = self._ledger.close(request_id, reason, error, expired=expired)
+        if live is None:
+            return None
+        for worker in {*(live.route or ())}:
+            self._send(worker, m.Abort(request_id))
+        return live.record
+
+    def _over(self, record: Record) -> None:
+        """A request is over, however it ended."""
+        self._router.ended(record.request_id)
+        self._router.observe(record)
+        self._recent.add(record, self._clock.now())
+
     # Receiving
 
     def _on_message(self, message: Any, now: float, updates: list[Update]) -> None:
@@ -305,11 +343,7 @@ class Cluster:
         elif isinstance(message, m.Hello):
             self._welcome(message)
         elif isinstance(message, m.Heartbeat):
-            self._supervisor.heard(message.worker)
-        elif isinstance(message, m.Draining):
-            self._supervisor.heard(message.worker)
-            if self._supervisor.seat_of(message.worker) is not None:
-                self.drain(message.worker.rpartition(".")[0])
+            self._beat(message)
         elif isinstance(message, m.AuditReport) and message.serial == self._serial:
             self._audits[message.worker] = message
 
@@ -317,20 +351,25 @@ class Cluster:
         news = self._ledger.take(message, now)
         for request_id in news.prefilled:
             self._router.prefilled(request_id)
-        for update in news.updates:
-            if update.record is not None:
-                self._router.ended(update.request_id)
-                gap_s, self._last_end_at = now - self._last_end_at, now
-                self._end_gap_s += 0.1 * (min(gap_s, _LONGEST_RETRY_AFTER_S) - self._end_gap_s)
+        self._recent.deliver(sum(len(update.tokens) for update in news.updates), now)
         updates += news.updates
         for request_id, reason in news.retry:
             self._retry(request_id, reason, updates)
 
-    def _welcome(self, hello: m.Hello) -> None:
+    def _beat(self, message: m.Heartbeat) -> None:
+        """A sign of life, with what the worker does, and perhaps with the wish to end."""
+        self._supervisor.heard(message.worker)
+        seat = self._supervisor.seat_of(message.worker)
+        if seat is not None and seat.up:
+            self._snapshots[message.worker] = message.snapshot
+            if message.draining:
+                self.drain(message.worker.rpartition(".")[0])
+
+    def _welcome(self, message: m.Hello) -> None:
         """A restarted worker is ready."""
-        seat = self._supervisor.hello(hello)
-        if seat is not None:
-            self._router.add(WorkerView(hello.worker, seat.config.spec.role))
+        seat = self._supervisor.hello(message)
+        if seat is not None and seat.up:
+            self._router.add(WorkerView(message.worker, seat.config.spec.role))
             parked, self._parked = self._parked, []
             for request_id in parked:
                 if request_id in self._ledger:
@@ -340,22 +379,9 @@ class Cluster:
         """Tell those who are left, then send again what needed the dead."""
         for death in deaths:
             self._router.remove(death.worker)
+            self._snapshots.pop(death.worker, None)
             for worker in self._supervisor.up:
                 self._mailbox.send(worker, m.Lost(death.worker))
         for worker, reason in deaths:
             for request_id in self._ledger.that_need(worker):
                 self._retry(request_id, reason, updates)
-
-    def _seat(self, name: str, must_be_up: bool = True) -> Seat:
-        seat = self._supervisor.seats.get(name)
-        if seat is None:
-            names = list(self._supervisor.seats)
-            near = difflib.get_close_matches(name, names, 1)
-            raise InputError(f"No worker {name!r}. " + (f"Did you mean {near[0]}?" if near else ", ".join(names) + "."))
-        if must_be_up and not seat.up:
-            raise InputError(f"Worker {name} is not up at the moment: try again.")
-        return seat
-
-    def _retry_after_s(self) -> float:
-        """When a place should be free: the usual time between two ends."""
-        return min(max(self._end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S)

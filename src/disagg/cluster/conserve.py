@@ -49,6 +49,21 @@ class Conserved(NamedTuple):
     quiescing: int
 
 
+def count(scheduler: Scheduler, given: Iterable[Held], taken: Iterable[Held], others: int = 0) -> Conserved:
+    """As `conserve`, without looking at single pages: cheap enough for every heartbeat.
+
+    A page that two hand-offs share may be counted under the first place of both. It checks nothing.
+    """
+    free, cached, left = scheduler.pool.counts()
+    counts = {"sending": 0, "holding": others, "quiescing": 0}
+    for one in (*given, *taken):
+        counts[_OF_STATE[one.state]] += len(one.pages)
+    for place, pages in counts.items():
+        counts[place] = min(pages, left)
+        left -= counts[place]
+    return Conserved(free, cached, left, counts["holding"], counts["sending"], counts["quiescing"])
+
+
 def conserve(
     scheduler: Scheduler, given: Iterable[Held], taken: Iterable[Held], others: Iterable[int] = ()
 ) -> Conserved:

@@ -8,12 +8,15 @@ sent again has a higher attempt number; whatever still comes of an older attempt
 same (sampling depends on seed and tokens only), and each is given to the client once.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from disagg.cluster import messages as m
+from disagg.cluster.policies import Routing
 from disagg.cluster.router import Route
 from disagg.engine.batch import TokenLogprobs
 from disagg.record import Record
@@ -47,6 +50,8 @@ class Live:
     stop_ids: list[int]
     order: float
     pinned: Route | None = None  # where the client wants its first attempt
+    routing: Routing | None = None  # how the client wants it, at every attempt
+    deadline: float = math.inf  # when it is ended, done or not
     route: Route | None = None  # None: it waits for a worker
     attempt: int = 0
     num_known: int = 0  # output tokens this attempt began with
@@ -74,6 +79,7 @@ class Live:
     def next_attempt(self) -> None:
         """Forget what was to come of this attempt; the next begins with the tokens the client has."""
         self.attempt += 1
+        self.record.num_attempts += 1
         self.num_known = len(self.record.tokens)
         self.route, self.pinned, self.ended, self.writer = None, None, None, ""
         self.early.clear()
@@ -90,11 +96,16 @@ class Live:
 
 
 class Ledger:
-    """All live requests. `counts`: started == done + failed + aborted + len(ledger); and how many were retried."""
+    """All live requests. `over` is told the complete Record of each that ends, once, however it ends.
 
-    def __init__(self) -> None:
+    `counts`: started == done + failed + expired + aborted + len(ledger); and how many were retried.
+    """
+
+    def __init__(self, over: Callable[[Record], None] = lambda record: None) -> None:
         self._live: dict[str, Live] = {}
-        self.counts: Counter[str] = Counter(started=0, done=0, failed=0, aborted=0, retried=0)
+        self._over = over
+        self._deadlines: list[tuple[float, str]] = []  # a heap; requests that have none are not in it
+        self.counts: Counter[str] = Counter(started=0, done=0, failed=0, expired=0, aborted=0, retried=0)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -109,17 +120,29 @@ class Ledger:
         """A request begins."""
         self._live[live.record.request_id] = live
         self.counts["started"] += 1
+        if live.deadline < math.inf:
+            heappush(self._deadlines, (live.deadline, live.record.request_id))
 
-    def close(self, request_id: str, reason: FinishReason, error: str = "") -> Live | None:
+    def close(self, request_id: str, reason: FinishReason, error: str = "", *, expired: bool = False) -> Live | None:
         """The request is over: its record is complete. None when it was over already."""
         live = self._live.pop(request_id, None)
         if live is None:
             return None
         outcome = {FinishReason.ABORT: "aborted", FinishReason.ERROR: "failed"}.get(reason, "done")
-        self.counts[outcome] += 1
+        self.counts["expired" if expired else outcome] += 1
         live.record.finish_reason, live.record.error = reason, error
         live.record.output_len = len(live.record.token_at)
+        self._over(live.record)
         return live
+
+    def overdue(self, now: float) -> list[str]:
+        """Requests whose deadline has passed; each is named once."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heappop(self._deadlines)
+            if request_id in self._live:
+                late.append(request_id)
+        return late
 
     def that_need(self, worker: str) -> list[str]:
         """Requests that cannot go on without this worker, oldest first."""
@@ -181,7 +204,7 @@ def _in_order(live: Live, token: m.NewToken, worker: str, now: float) -> list[m.
         record.merge(token.facts)
         live.told.add(worker)
     if token.index > live.num_known:
-        live.writer = worker
+        live.writer = record.decode_worker = worker
     live.early[token.index] = token
     ready = []
     while (token_now := live.early.pop(len(record.token_at), None)) is not None:

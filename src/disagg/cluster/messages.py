@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from disagg.cluster.status import Snapshot
 from disagg.engine.batch import TokenLogprobs
 from disagg.record import Facts
 from disagg.request import SamplingParams
@@ -91,15 +92,14 @@ class StartFailed(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """My loop still turns. Only from supervised workers."""
+    """My loop still turns, and this is what it does. Only from supervised workers.
+
+    `draining`: I was asked to end (SIGTERM): give me nothing new, and stop me when nothing needs me any more.
+    """
 
     worker: str
-
-
-class Draining(Message, frozen=True):
-    """I was asked to end (SIGTERM): give me nothing new, and stop me when nothing needs me any more."""
-
-    worker: str
+    snapshot: Snapshot
+    draining: bool = False
 
 
 class NewToken(msgspec.Struct, frozen=True, array_like=True):
@@ -142,8 +142,9 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
 class AuditReport(Message, frozen=True):
     """Where every page of a worker is: free + cached + held == total, and held == the last four of `places`.
 
-    `places` are the terms of the conservation rule (see conserve.py); `handoffs` counts how those given away
-    ("prefill") and taken ("decode") ended. `fault` is a sentence when the rule is broken: a bug in this package.
+    `places` are the terms of the conservation rule (see conserve.py). `handoffs` counts those given away ("prefill")
+    and taken ("decode"): started == done + failed + expired + aborted + open. `fault` is a sentence when the rule is
+    broken: a bug in this package.
     """
 
     worker: str
@@ -248,8 +249,8 @@ class Dropped(Message, frozen=True):
 
 
 AnyMessage = (
-    Submit | Abort | Lost | Audit | Stop | Withhold | Hello | StartFailed | Heartbeat | Draining | Progress
-    | AuditReport | Offer | ChunkReady | Cancel | Renew | PullDone | Dropped | Renewed
+    Submit | Abort | Lost | Audit | Stop | Withhold | Hello | StartFailed | Heartbeat | Progress | AuditReport
+    | Offer | ChunkReady | Cancel | Renew | PullDone | Dropped | Renewed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

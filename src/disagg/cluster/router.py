@@ -1,15 +1,22 @@
 """Who prefills and who decodes a request. Disaggregation is this decision and nothing else.
 
-A policy is a pure function of the request and of what the router knows of the workers. The same worker picked twice is
-a colocated request; a deployment is `2C` or `1P1D` only by the roles its workers have here. So a role changes while
-requests are under way, and when a phase has no worker left, the workers of the other phase do both.
+A policy (policies.py) is a pure function of the request and of what the router knows of the workers. The same worker
+picked twice is a colocated request; a deployment is `2C` or `1P1D` only by the roles its workers have here. So a role
+changes while requests are under way, and when a phase has no worker left, the workers of the other phase do both.
+
+All that policies decide by is kept here: what every worker still has to do, how fast it was so far (speeds.py), and
+which prompts it has probably cached (prefix_map.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from disagg.cache.pages import PageHash
+from disagg.cluster.prefix_map import PrefixMap
+from disagg.cluster.speeds import Speeds
 from disagg.config import Role
+from disagg.record import Estimate, Record
 
 
 @dataclass(slots=True)
@@ -18,8 +25,10 @@ class WorkerView:
 
     name: str  # name.epoch
     role: Role
-    prefill_tokens: int = 0  # prompt tokens of requests without a first token yet
+    prefill_tokens: int = 0  # prompt tokens to compute of requests without a first token yet
     decode_tokens: int = 0  # most tokens that requests decoding here may still produce
+    num_decoding: int = 0  # requests that have their first token and are written on here
+    prefill_rate: float | None = None  # prompt tokens/s while it computes prompts; None: nothing is known yet
     silent: bool = False  # not heard of for a while: gets nothing while another worker can have it
 
 
@@ -30,58 +39,60 @@ class Route(NamedTuple):
     decode: str
 
 
-class Policy(Protocol):
-    """Picks workers. Raises nothing: `workers` holds at least one, and every worker can do both phases."""
+class Ask(NamedTuple):
+    """What the router knows of a request."""
 
-    def pick(self, prompt_len: int, max_tokens: int, workers: Sequence[WorkerView]) -> Route:
-        """The route of one request."""
+    serial: int  # how many were routed before it
+    prompt_len: int
+    max_tokens: int
+    cached: Mapping[str, int] = {}  # worker -> how many of its first tokens are probably cached there; absent: none
+    handoff_rate: float | None = None  # prompt tokens/s by what hand-offs delayed their requests; None: not known
+
+    def uncached(self, worker: str) -> int:
+        """How many prompt tokens this worker would have to compute."""
+        return self.prompt_len - self.cached.get(worker, 0)
+
+
+class Decision(NamedTuple):
+    """A route, and where routes were weighed by time, what was expected of them, the chosen one first."""
+
+    route: Route
+    estimates: tuple[Estimate, ...] = ()
+
+
+class Policy(Protocol):
+    """Picks workers, without side effects: the same question has the same answer."""
+
+    def __call__(self, ask: Ask, workers: Sequence[WorkerView]) -> Decision:
+        """Raises nothing: `workers` holds at least one, and every worker can do both phases."""
         ...
 
 
-class LeastOutstanding:
-    """The prefill worker with the fewest prompt tokens to read, the decode worker with the fewest tokens to write."""
+@dataclass(slots=True)
+class _Booked:
+    """A request under way, and what it still costs its workers."""
 
-    def pick(self, prompt_len: int, max_tokens: int, workers: Sequence[WorkerView]) -> Route:
-        """See Policy. Ties go to the first, so equal loads give the same routes in every run."""
-        prefill = min(_able(workers, "prefill"), key=lambda view: view.prefill_tokens + view.decode_tokens)
-        return _with_decode(prefill, min(_able(workers, "decode"), key=lambda view: view.decode_tokens))
-
-
-class RoundRobin:
-    """Each phase's workers in turn, whatever they have to do."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def pick(self, prompt_len: int, max_tokens: int, workers: Sequence[WorkerView]) -> Route:
-        """See Policy."""
-        count, self._count = self._count, self._count + 1
-        readers, writers = _able(workers, "prefill"), _able(workers, "decode")
-        return _with_decode(readers[count % len(readers)], writers[count % len(writers)])
-
-
-def _able(workers: Sequence[WorkerView], role: Role) -> list[WorkerView]:
-    """Workers whose role covers a phase; when none is left, all of them: every worker can do both."""
-    return [view for view in workers if view.role in (role, "both")] or list(workers)
-
-
-def _with_decode(prefill: WorkerView, decode: WorkerView) -> Route:
-    """Nothing is handed over by a worker that decodes itself, nor to one that only stands in for a decode worker."""
-    if prefill.role != "prefill" or decode.role == "prefill":
-        return Route(prefill.name, prefill.name)
-    return Route(prefill.name, decode.name)
+    route: Route
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    decoding: bool = False
 
 
 class Router:
     """Routes requests by a policy and keeps the books of what every worker still has to do.
 
-    Workers come and go; books about one that is gone are dropped with it.
+    Workers come and go; books about one that is gone are dropped with it. `prefixes` None: no worker caches prompts.
     """
 
-    def __init__(self, policy: Policy, workers: Sequence[WorkerView] = ()) -> None:
+    def __init__(
+        self, policy: Policy, workers: Sequence[WorkerView] = (), *, prefixes: PrefixMap | None = None
+    ) -> None:
         self._policy = policy
         self._workers = {view.name: view for view in workers}
-        self._routes: dict[str, tuple[Route, int, int]] = {}  # request id -> route, prompt and output tokens owed
+        self._booked: dict[str, _Booked] = {}  # by request id
+        self._prefixes = prefixes
+        self._speeds = Speeds()
+        self._serial = 0
 
     @property
     def workers(self) -> list[WorkerView]:
@@ -95,6 +106,9 @@ class Router:
     def remove(self, worker: str) -> None:
         """From now on it gets none; unknown names are ignored."""
         self._workers.pop(worker, None)
+        self._speeds.forget(worker)
+        if self._prefixes is not None:
+            self._prefixes.forget(worker)
 
     def set_role(self, worker: str, role: Role) -> None:
         """Requests routed from now on see the new role; those under way stay where they are."""
@@ -106,33 +120,62 @@ class Router:
         if (view := self._workers.get(worker)) is not None:
             view.silent = silent
 
-    def route(self, request_id: str, prompt_len: int, max_tokens: int, pinned: Route | None = None) -> Route | None:
-        """Pick workers, unless they are `pinned`, and book the work. None: there is no worker at the moment."""
+    def route(
+        self,
+        request_id: str,
+        prompt_len: int,
+        max_tokens: int,
+        *,
+        hashes: Sequence[PageHash] = (),
+        pinned: Route | None = None,
+        policy: Policy | None = None,
+    ) -> Decision | None:
+        """Pick workers and book the work. None: there is no worker at the moment.
+
+        `hashes` name the full pages of the prompt. `pinned`: take these workers. `policy`: ask this one instead.
+        """
         workers = self.workers
         if not workers:
             return None
-        heard = [view for view in workers if not view.silent] or workers
-        route = pinned or self._policy.pick(prompt_len, max_tokens, heard)
-        self._routes[request_id] = (route, 0, 0)
-        self._owe(request_id, prompt_len, max_tokens)
-        return route
+        cached = {} if self._prefixes is None else self._prefixes.cached(self._workers, hashes, prompt_len)
+        if pinned is not None:
+            decision = Decision(pinned)
+        else:
+            heard = [view for view in workers if not view.silent] or workers
+            for view in heard:
+                view.prefill_rate = self._speeds.prefill_rate(view.name)
+            ask = Ask(self._serial, prompt_len, max_tokens, cached, self._speeds.handoff_rate())
+            decision = (policy or self._policy)(ask, heard)
+            self._serial += 1
+        route = decision.route
+        self._booked[request_id] = _Booked(route)
+        self._owe(request_id, prompt_len - cached.get(route.prefill, 0), max_tokens, decoding=False)
+        if self._prefixes is not None:
+            for worker in {*route} & self._workers.keys():
+                self._prefixes.note(worker, hashes)
+        return decision
 
     def prefilled(self, request_id: str) -> None:
         """The first token is out."""
-        if (entry := self._routes.get(request_id)) is not None:
-            self._owe(request_id, 0, entry[2])
+        if (booked := self._booked.get(request_id)) is not None:
+            self._owe(request_id, 0, booked.decode_tokens, decoding=True)
 
     def ended(self, request_id: str) -> None:
         """The request is over on these workers, however."""
-        if request_id in self._routes:
-            self._owe(request_id, 0, 0)
-            del self._routes[request_id]
+        if request_id in self._booked:
+            self._owe(request_id, 0, 0, decoding=False)
+            del self._booked[request_id]
 
-    def _owe(self, request_id: str, prompt_len: int, max_tokens: int) -> None:
+    def observe(self, record: Record) -> None:
+        """Learn from a request that is over how fast workers and hand-offs are."""
+        self._speeds.observe(record)
+
+    def _owe(self, request_id: str, prefill_tokens: int, decode_tokens: int, *, decoding: bool) -> None:
         """Book what a request still costs its workers, in place of what it cost so far."""
-        route, old_prompt, old_output = self._routes[request_id]
-        if (view := self._workers.get(route.prefill)) is not None:
-            view.prefill_tokens += prompt_len - old_prompt
-        if (view := self._workers.get(route.decode)) is not None:
-            view.decode_tokens += max_tokens - old_output
-        self._routes[request_id] = (route, prompt_len, max_tokens)
+        booked = self._booked[request_id]
+        if (view := self._workers.get(booked.route.prefill)) is not None:
+            view.prefill_tokens += prefill_tokens - booked.prefill_tokens
+        if (view := self._workers.get(booked.route.decode)) is not None:
+            view.decode_tokens += decode_tokens - booked.decode_tokens
+            view.num_decoding += decoding - booked.decoding
+        self._booked[request_id] = _Booked(booked.route, prefill_tokens, decode_tokens, decoding)

@@ -7,7 +7,6 @@ of it decides anything. Times are seconds on the host's monotonic clock unless a
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
 
 import msgspec
 
@@ -16,16 +15,18 @@ from disagg.record import Record
 
 STEP_S = 2.0  # one point of a series
 WINDOW_S = 300.0  # how far the series go back
+_NUM_STEPS = int(WINDOW_S / STEP_S)
+_LONGEST_GAP_S = 60.0  # a longer pause between two ends says nothing
 _ROWS = 60  # the last requests that are shown one by one
 _BINS_PER_DECADE = 48  # of a latency histogram: neighbours differ by 5 %
 _SMALLEST_S = 1e-6
 
 
-class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """A worker at one moment. `pages` has the terms of the conservation rule (conserve.py) and adds up to its pool."""
+class Snapshot(msgspec.Struct, frozen=True):
+    """A worker at one moment."""
 
     at: float
-    pages: dict[str, int]
+    pages: dict[str, int]  # the terms of the conservation rule, which add up to its pool; see conserve.count
     num_waiting: int  # requests that hold no page yet
     num_running: int
     num_giving: int  # hand-offs in flight to other workers
@@ -34,7 +35,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int  # positions those steps computed
     pulled_bytes: int  # of hand-offs that were adopted here
     step_s: float  # how long the last step took
-    handoffs: dict[str, dict[str, int]]  # "prefill", "decode" -> how they ended: started, done, failed, expired, aborted
+    handoffs: dict[str, dict[str, int]]  # those given away ("prefill") and taken ("decode"), as in AuditReport
 
 
 class WorkerLine(msgspec.Struct, frozen=True):
@@ -74,7 +75,7 @@ class Series(msgspec.Struct, frozen=True):
     start_at: float
     step_s: float
     ended: list[int]  # requests that ended in the step
-    tokens: list[int]  # tokens that clients got in it; a request's count when it has ended
+    tokens: list[int]  # tokens that clients got in it
     ttft_p50: list[float | None]
     ttft_p99: list[float | None]
     itl_p50: list[float | None]
@@ -136,27 +137,36 @@ class _Step:
 
 
 class Recent:
-    """The last minutes, from Records. May be read from another thread than the one that adds."""
+    """The last minutes. Latencies come from Records, so those of a request appear when it is over.
+
+    May be read from another thread than the one that adds.
+    `end_gap_s`: the usual time between two requests that ended well, a running average.
+    """
 
     def __init__(self) -> None:
+        self.end_gap_s = 0.0
+        self._last_end_at = 0.0
         self._rows: deque[Row] = deque(maxlen=_ROWS)
         self._steps: dict[int, _Step] = {}
         self._lock = threading.Lock()
 
     def add(self, record: Record, now: float) -> None:
         """A request ended at `now`."""
+        if record.ok:
+            gap_s, self._last_end_at = now - self._last_end_at, now
+            self.end_gap_s += 0.1 * (min(gap_s, _LONGEST_GAP_S) - self.end_gap_s)
         with self._lock:
             self._rows.appendleft(_row(record, now))
             self._step(now).ended += 1
             if (ttft_s := record.ttft_s) is not None:
                 self._step(record.token_at[0]).ttft.add(ttft_s)
-            for at in record.token_at:
-                self._step(at).tokens += 1
             for at, gap_s in zip(record.token_at[1:], record.itl_s, strict=True):
                 self._step(at).itl.add(gap_s)
-            oldest = _place(now - WINDOW_S)
-            for place in [place for place in self._steps if place < oldest]:
-                del self._steps[place]
+
+    def deliver(self, num_tokens: int, now: float) -> None:
+        """Clients got so many tokens at `now`."""
+        with self._lock:
+            self._step(now).tokens += num_tokens
 
     def rows(self) -> list[Row]:
         """The last requests, newest first."""
@@ -166,7 +176,7 @@ class Recent:
     def series(self, now: float) -> Series:
         """The last WINDOW_S until `now`."""
         last = _place(now)
-        places = range(last - int(WINDOW_S / STEP_S) + 1, last + 1)
+        places = range(last - _NUM_STEPS + 1, last + 1)
         with self._lock:
             steps = [self._steps.get(place) or _Step() for place in places]
             quantiles = [step.quantiles() for step in steps]
@@ -177,23 +187,13 @@ class Recent:
         )  # fmt: skip
 
     def _step(self, at: float) -> _Step:
-        return self._steps.setdefault(_place(at), _Step()).touch()
-
-
-def pages_in(total: int, free: int, cached: int, held_by: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The terms of the conservation rule from counts alone: what nobody named holds is `running`.
-
-    `held_by`: (place, pages) of hand-offs, and of whatever else is no request's own. A page two of them share may be
-    counted under the first of both; the terms always add up to `total`. The exact count, page by page, is `conserve`.
-    """
-    counts = {"sending": 0, "holding": 0, "quiescing": 0}
-    for place, pages in held_by:
-        counts[place] += pages
-    left = total - free - cached
-    for place in counts:
-        counts[place] = min(counts[place], left)
-        left -= counts[place]
-    return {"free": free, "cached": cached, "running": left, **counts}
+        place = _place(at)
+        step = self._steps.get(place)
+        if step is None:
+            step = self._steps[place] = _Step()
+            newest = max(self._steps)
+            self._steps = {each: kept for each, kept in self._steps.items() if each > newest - _NUM_STEPS}
+        return step.touch()
 
 
 def _place(at: float) -> int:

@@ -5,6 +5,7 @@ its missing heartbeats; after `silence_s` it is killed and counts as dead. Its s
 epoch, so nothing meant for the one reaches the other.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from disagg.cluster import messages as m
 from disagg.cluster.launch import Process, Template, spawn
 from disagg.cluster.mailbox import Mailbox
 from disagg.cluster.worker import WorkerConfig
-from disagg.errors import DisaggError, InputError, WorkerLost
+from disagg.config import Role
+from disagg.errors import DisaggError, HandshakeError, InputError, WorkerLost
 
 START_S = 180.0  # the longest a worker may take to load its model and compile its kernels
 _TURN_S = 0.5
@@ -39,15 +41,25 @@ class Seat:
     config: WorkerConfig  # of that process, or of the next
     process: Process | None = None
     up: bool = False  # it said Hello and has not died since
-    hello: m.Hello | None = None  # the last one said
     draining: bool = False
     since: float = 0.0  # when it was started, heard of last, or when it may be started again
     num_starts: int = 0  # without a Hello
+    objection: str = ""  # why it must not serve, as a sentence
 
     @property
     def worker(self) -> str:
         """The address: name.epoch."""
         return self.config.worker
+
+
+class WorkerStatus(NamedTuple):
+    """One worker of the deployment as the front end sees it."""
+
+    name: str
+    address: str  # name.epoch
+    role: Role
+    up: bool
+    process: Process | None
 
 
 class Supervisor:
@@ -68,12 +80,18 @@ class Supervisor:
     ) -> None:
         self.seats = {config.spec.name: Seat(config) for config in configs}
         self.num_restarts = 0
+        self._first: m.Hello | None = None  # what all others are compared with
         self._mailbox = mailbox
         self._clock = clock
         self._restart = restart
         self._silence_s = silence_s
         self._template = fork_from
         self._checked_at = clock.now()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, of every worker; 0 before the first has said Hello."""
+        return self._first.layout.page_bytes if self._first is not None else 0
 
     @property
     def up(self) -> list[str]:
@@ -83,7 +101,8 @@ class Supervisor:
     def start(self, waiting_for: Callable[[list[str]], None]) -> None:
         """Start every worker and return when all are ready. `waiting_for` is told now and then which are not.
 
-        Raises what a worker says keeps it from starting, and WorkerLost.
+        Raises what a worker says keeps it from starting, HandshakeError when workers cannot exchange pages, and
+        WorkerLost.
         """
         until = self._clock.now() + START_S
         names = list(self.seats)
@@ -99,8 +118,8 @@ class Supervisor:
             for message in messages:
                 if isinstance(message, m.StartFailed):
                     raise (InputError if message.input_error else DisaggError)(message.reason)
-                if isinstance(message, m.Hello):
-                    self.hello(message)
+                if isinstance(message, m.Hello) and (said := self.hello(message)) and said.objection:
+                    raise HandshakeError(said.objection)
             for seat in self.seats.values():
                 if seat.process is not None and seat.process.exit_fd in readable:
                     raise WorkerLost(seat.process.obituary())
@@ -108,11 +127,19 @@ class Supervisor:
                 raise WorkerLost(f"Worker {waiting[0]} was not ready after {START_S:g} s.")
         self._checked_at = self._clock.now()
 
-    def hello(self, hello: m.Hello) -> Seat | None:
-        """A worker is ready. None: it is not the one we wait for."""
-        seat = self.seat_of(hello.worker)
-        if seat is not None:
-            seat.up, seat.hello, seat.num_starts, seat.since = True, hello, 0, self._clock.now()
+    def hello(self, message: m.Hello) -> Seat | None:
+        """A worker is ready; it is up unless it has an `objection`. None: it is not the one we wait for.
+
+        One whose pages differ from those of the first (its model's files were replaced meanwhile, say) is killed.
+        """
+        seat = self.seat_of(message.worker)
+        if seat is None:
+            return None
+        self._first = self._first or message
+        if difference := message.layout.difference(self._first.layout):
+            seat.objection = f"Worker {message.worker} cannot exchange pages with {self._first.worker}: {difference}."
+        else:
+            seat.up, seat.num_starts, seat.since = True, 0, self._clock.now()
         return seat
 
     def heard(self, worker: str) -> None:
@@ -124,6 +151,24 @@ class Supervisor:
         """Where this very process (name.epoch) sits; None when it is dead."""
         seat = self.seats.get(worker.rpartition(".")[0])
         return seat if seat is not None and seat.worker == worker and seat.process is not None else None
+
+    def named(self, name: str, must_be_up: bool = True) -> Seat:
+        """Where the worker `name` sits. Raises InputError when there is none, or when it is not up and has to be."""
+        seat = self.seats.get(name)
+        if seat is None:
+            near = difflib.get_close_matches(name, self.seats, 1)
+            hint = f"Did you mean {near[0]}?" if near else ", ".join(self.seats) + "."
+            raise InputError(f"No worker {name!r}. {hint}")
+        if must_be_up and not seat.up:
+            raise InputError(f"Worker {name} is not up at the moment: try again.")
+        return seat
+
+    def workers(self) -> list[WorkerStatus]:
+        """Every worker, dead or alive."""
+        return [
+            WorkerStatus(name, seat.worker, seat.config.spec.role, seat.up, seat.process)
+            for name, seat in self.seats.items()
+        ]
 
     def silent(self) -> dict[str, bool]:
         """For each worker that is up and sends heartbeats: whether it missed several."""
@@ -178,6 +223,8 @@ class Supervisor:
         quiet_s = now - seat.since
         if process.exit_fd in readable:
             return process.obituary()
+        if seat.objection:
+            return seat.objection
         if seat.up and seat.config.heartbeat_s is not None and quiet_s > self._silence_s:
             return f"Worker {seat.worker} (pid {process.pid}) said nothing for {quiet_s:.1f} s and was killed."
         if not seat.up and quiet_s > START_S:
@@ -190,7 +237,7 @@ class Supervisor:
         self._mailbox.forget(process.config.worker)
         process.close(_KILL_S)
         backoff_s = _BACKOFF_S * 2 ** (seat.num_starts - 1) if seat.num_starts else 0.0
-        seat.process, seat.up, seat.draining, seat.since = None, False, False, now + backoff_s
+        seat.process, seat.up, seat.draining, seat.objection, seat.since = None, False, False, "", now + backoff_s
         seat.config = msgspec.structs.replace(seat.config, epoch=seat.config.epoch + 1)
 
     def _launch(self, seat: Seat) -> None:

@@ -18,11 +18,12 @@ import msgspec
 
 from disagg.cache.pages import PagePool
 from disagg.clock import WallClock
+from disagg.cluster import conserve
 from disagg.cluster import messages as m
-from disagg.cluster.conserve import conserve
 from disagg.cluster.handoff_decode import DecodeSide, Receiving
 from disagg.cluster.handoff_prefill import PrefillSide, handoff_id
 from disagg.cluster.mailbox import FRONT, Mailbox
+from disagg.cluster.status import Snapshot
 from disagg.config import EngineSpec, WorkerSpec
 from disagg.engine.batch import Batch
 from disagg.engine.engine import Engine, Runs, Stepped
@@ -33,6 +34,7 @@ from disagg.request import FinishReason, Request
 from disagg.transfer.base import Transport
 
 KV_DTYPE = "float32"  # of the cache on the CPU, whatever the weights are stored as
+_OUTCOMES = ("started", "done", "failed", "expired", "aborted")
 _IDLE_S = 0.05  # the longest nap of an idle loop: cleanup runs at least this often
 
 
@@ -43,7 +45,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     epoch: int
     engine: EngineSpec
     folder: str  # of the mailboxes
-    num_pages: int  # of its pool; 0: as many as its GPU has left
+    num_pages: int
     lease_s: float
     max_wait_s: float
     heartbeat_s: float | None = None
@@ -81,7 +83,7 @@ class Worker:
         spec, clock = config.engine, WallClock()
         assert spec.max_len is not None
         self._scheduler = Scheduler(
-            PagePool(hello.num_pages, spec.page_size),
+            PagePool(config.num_pages, spec.page_size),
             max_batch_tokens=spec.max_batch_tokens,
             max_running=spec.max_running,
             max_len=spec.max_len,
@@ -102,6 +104,8 @@ class Worker:
         self._withheld: list[int] = []
         self._withheld_until = 0.0
         self._draining = False
+        self._num_steps = self._num_tokens = self._pulled_bytes = 0
+        self._step_s = 0.0
 
     def run(self, parent_fd: int, wake_fd: int) -> bool:
         """Loop until told to stop (True) or until `parent_fd` closes because the front end is gone (False).
@@ -123,8 +127,11 @@ class Worker:
                     return True
                 self._on_message(message)
             self._tick()
+            start = self._clock.now()
             stepped = self._engine.step(self._offer)
             if stepped is not None:
+                self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + stepped.batch.num_tokens
+                self._step_s = self._clock.now() - start
                 self._report(stepped)
             busy = stepped is not None
             self._flush()
@@ -163,7 +170,7 @@ class Worker:
             self._withheld = []
         if self._heartbeat_s is not None and now >= self._heartbeat_at:
             self._heartbeat_at = now + self._heartbeat_s
-            self._mailbox.send(FRONT, m.Draining(self._me) if self._draining else m.Heartbeat(self._me))
+            self._mailbox.send(FRONT, m.Heartbeat(self._me, self._snapshot(now), self._draining))
 
     # Requests come and go
 
@@ -270,6 +277,7 @@ class Worker:
 
     def adopt(self, receiving: Receiving) -> None:
         """See DecodeHost."""
+        self._pulled_bytes += receiving.facts.handoff_bytes
         request = _taken(receiving)
         request.pages, request.num_computed = receiving.pages, receiving.num_computed
         self._start(receiving.offer.request, request, receiving.facts, self._scheduler.adopt)
@@ -284,6 +292,25 @@ class Worker:
         ended = m.Ended(submit.id, submit.attempt, FinishReason.ERROR, 0, receiving.facts, reason, retryable=True)
         self._outgoing.ended.append(ended)
 
+    # What others see of it
+
+    def _snapshot(self, now: float) -> Snapshot:
+        scheduler = self._scheduler
+        given, taken = self._giving.held(), self._taking.held()
+        return Snapshot(
+            now, conserve.count(scheduler, given, taken, len(self._withheld))._asdict(), scheduler.num_waiting,
+            scheduler.num_running, len(given), len(taken), self._num_steps, self._num_tokens, self._pulled_bytes,
+            self._step_s, self._handoffs(len(given), len(taken)),
+        )  # fmt: skip
+
+    def _handoffs(self, num_given: int, num_taken: int) -> dict[str, dict[str, int]]:
+        """How hand-offs ended, and how many are `open`."""
+        sides = {"prefill": (self._giving.counts, num_given), "decode": (self._taking.counts, num_taken)}
+        return {
+            side: {**{outcome: counts[outcome] for outcome in _OUTCOMES}, "open": num_open}
+            for side, (counts, num_open) in sides.items()
+        }
+
     def _audit(self, serial: int) -> m.AuditReport:
         scheduler, now = self._scheduler, self._clock.now()
         given, taken = self._giving.held(), self._taking.held()
@@ -296,12 +323,12 @@ class Worker:
             holders += [m.Holder(h.handoff, side, h.state, len(h.pages), h.age_s, h.reason) for h in table]
         places, fault = {}, ""
         try:
-            places = conserve(scheduler, given, taken, self._withheld)._asdict()
+            places = conserve.conserve(scheduler, given, taken, self._withheld)._asdict()
         except InvariantError as error:
             fault = str(error)
         pool = scheduler.pool
-        outcomes = {"prefill": dict(self._giving.counts), "decode": dict(self._taking.counts)}
-        return m.AuditReport(self._me, serial, pool.num_pages, *pool.counts(), holders, places, outcomes, fault)
+        handoffs = self._handoffs(len(given), len(taken))
+        return m.AuditReport(self._me, serial, pool.num_pages, *pool.counts(), holders, places, handoffs, fault)
 
 
 def _request(submit: m.Submit, elsewhere: bool) -> Request:

@@ -2,7 +2,7 @@
 
     /          the page; it holds no data, so it needs no key
     /static/   its script, style and icon
-    /live      Status as JSON (cluster/status.py, with `now` in seconds since 1970), as the server knows it at that moment
+    /live      Status as JSON (cluster/status.py, with `now` in seconds since 1970), at that moment
 
 Where the server asks for an API key, `/live` must be behind it like every other path; the page asks for the key when it
 is answered 401.
