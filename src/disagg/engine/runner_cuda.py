@@ -44,6 +44,14 @@ class _Packed(NamedTuple):
     context_len: Place  # int32 [B]
 
 
+class _Choosing(NamedTuple):
+    """Where the fields of a Choice lie, in their order, and what else there is to do with the logits."""
+
+    places: list[Place]
+    filtered: bool
+    adjusts: bool
+
+
 class _Returning(NamedTuple):
     """Results of a step on their way back: pinned memory, valid once `event` has come."""
 
@@ -100,7 +108,7 @@ class CudaRunner:
         self._staging.begin()
         rows = self._slots.assign(requests)
         packed = self._pack(batch, rows, size)
-        choice = self._pack_choice(sampling, rows, batch)
+        choosing = self._pack_choice(sampling, rows, batch)
         last = None if not batch.chunks else self._staging.put(_last_rows(batch))
         starts = None if not batch.chunks else self._staging.put(_starts(batch))
         changed = self._slots.changes()
@@ -113,7 +121,7 @@ class CudaRunner:
             logits = self._graphs.run(size, packed)[: len(sampling)]
         else:
             logits = self._forward_mixed(batch, packed, self._staging.view(starts), self._staging.view(last))
-        return self._finish(logits, sampling, choice)
+        return self._finish(logits, sampling, choosing)
 
     def _pack(self, batch: Batch, rows: np.ndarray, size: int) -> _Packed:
         """Put the arrays of the positions. Decodes first, padded to `size`; then chunks."""
@@ -149,15 +157,16 @@ class CudaRunner:
         rest = [staging.put(array) for array in (positions, slots, source, table_rows, context_len)]
         return _Packed(first, *rest)
 
-    def _pack_choice(self, sampling: list[Request], rows: np.ndarray, batch: Batch) -> tuple[list[Place], bool]:
-        """Put the arrays of a Choice, in its order; and whether any row is filtered."""
+    def _pack_choice(self, sampling: list[Request], rows: np.ndarray, batch: Batch) -> _Choosing:
+        """Put the arrays of a Choice."""
         count = len(batch.decodes)
-        chosen = [*range(count), *(count + index for index, chunk in enumerate(batch.chunks) if chunk.samples)]
-        mine, known = rows[chosen], self._slots
+        wanted = [True] * count + [chunk.samples for chunk in batch.chunks]
+        mine, known = rows[wanted] if batch.chunks else rows, self._slots
         indices = np.array([request.num_computed - request.prompt_len for request in sampling], np.int64)
         top_k, top_p, min_p = known.top_k[mine], known.top_p[mine], known.min_p[mine]
         arrays = (known.temperature[mine], plain.uniforms(known.seed[mine], indices), top_k, top_p, min_p)
-        return [self._staging.put(array) for array in arrays], bool(top_k.any() or (top_p < 1).any() or min_p.any())
+        filtered = bool(top_k.any() or (top_p < 1).any() or min_p.any())
+        return _Choosing([self._staging.put(array) for array in arrays], filtered, bool(known.adjusts[mine].any()))
 
     def _forward_decodes(self, packed: _Packed) -> Tensor:
         """Logits of a decode step; all it reads stays in its place, so that it can be captured."""
@@ -202,17 +211,14 @@ class CudaRunner:
         )
         return self._model.forward(step, self.storage.pages)
 
-    def _finish(
-        self, logits: Tensor, sampling: list[Request], packed: tuple[list[Place], bool]
-    ) -> Callable[[], Output]:
+    def _finish(self, logits: Tensor, sampling: list[Request], choosing: _Choosing) -> Callable[[], Output]:
         """Draw, and send the tokens to the host."""
-        places, filtered = packed
         count = len(sampling)
         drawn = self._ids[:count]
         if count:
-            temperature, number, top_k, top_p, min_p = map(self._staging.view, places)
-            choice = plain.Choice(temperature, number, top_k, top_p, min_p, filtered)
-            self._draw(adjust(logits, sampling), choice, drawn)
+            temperature, number, top_k, top_p, min_p = map(self._staging.view, choosing.places)
+            choice = plain.Choice(temperature, number, top_k, top_p, min_p, choosing.filtered)
+            self._draw(adjust(logits, sampling) if choosing.adjusts else logits, choice, drawn)
         self._row = {request: row for row, request in enumerate(sampling)}
         self._turn ^= 1
         returning = self._returning[self._turn]

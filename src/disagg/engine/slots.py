@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from disagg.engine.batch import needs_history
 from disagg.engine.sampler import seed_of
 from disagg.request import Request
 
@@ -22,6 +23,7 @@ class Slots:
         self.top_k = np.zeros(count, np.int32)
         self.top_p = np.zeros(count, np.float64)
         self.min_p = np.zeros(count, np.float32)
+        self.adjusts = np.zeros(count, np.bool_)  # whether the host may have to change its logits
         self._of: dict[Request, int] = {}
         self._free = list(range(count))
         self._seen: list[list[int]] = [[] for _ in range(count)]  # the request's own list, which only ever grows
@@ -67,6 +69,7 @@ class Slots:
         self.top_k[slot] = min(params.top_k, np.iinfo(np.int32).max)
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
+        self.adjusts[slot] = needs_history(params) or bool(params.min_tokens and request.stop_ids)
         return slot
 
     def _extend(self, slot: int, pages: list[int]) -> None:

@@ -4,6 +4,8 @@ The device side stays where it is, so CUDA graphs may read it. There are two hos
 next step's arrays are written into the other.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ class Staging:
 
     def view(self, place: Place) -> Tensor:
         """The array on the device, there once `send` has been called."""
-        size = int(np.prod(place.shape)) * place.dtype.itemsize
+        size = math.prod(place.shape) * place.dtype.itemsize
         return self._device[place.at : place.at + size].view(_TORCH[place.dtype]).view(place.shape)
 
     def words(self) -> Tensor:
