@@ -70,11 +70,12 @@ class Cluster:
         from disagg.model.load import load_info
 
         pick = policies.named(policy)
+        limits.check_devices(deployment.budget)
         self.info = load_info(engine.model, engine.max_len)
         self.engine = limits.resolved(engine, self.info.spec.max_len)
         self.deployment = deployment
         self._eos = frozenset(self.info.spec.eos_ids)
-        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, len(deployment.workers))
+        self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, deployment)
         self._max_outstanding = max_outstanding
         self._clock = WallClock()
         self._policy = policy
@@ -88,7 +89,8 @@ class Cluster:
         self._closed = False
         self._folder = make_folder()
         self._mailbox = Mailbox(self._folder, FRONT)
-        template = Template(self.engine, self._folder) if supervise else None
+        forks = supervise and deployment.budget.kind == "cpu"  # a process that has used a GPU cannot be forked
+        template = Template(self.engine, self._folder) if forks else None
         heartbeat_s = _HEARTBEAT_S if supervise else None
         configs = [
             WorkerConfig(spec, 0, self.engine, str(self._folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
@@ -99,6 +101,7 @@ class Cluster:
         )
         try:
             self._supervisor.start(lambda names: progress(f"{deployment.name}: waiting for {', '.join(sorted(names))}"))
+            self.num_pages = min(seat.hello.num_pages for seat in self._supervisor.seats.values() if seat.hello)
             prefixes = PrefixMap(self.engine.page_size, self.num_pages) if self.engine.prefix_caching else None
             self._router = Router(pick, prefixes=prefixes)
             for seat in self._supervisor.seats.values():

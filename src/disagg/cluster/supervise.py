@@ -41,6 +41,7 @@ class Seat:
     config: WorkerConfig  # of that process, or of the next
     process: Process | None = None
     up: bool = False  # it said Hello and has not died since
+    hello: m.Hello | None = None  # the last one said
     draining: bool = False
     since: float = 0.0  # when it was started, heard of last, or when it may be started again
     num_starts: int = 0  # without a Hello
@@ -139,7 +140,7 @@ class Supervisor:
         if difference := message.layout.difference(self._first.layout):
             seat.objection = f"Worker {message.worker} cannot exchange pages with {self._first.worker}: {difference}."
         else:
-            seat.up, seat.num_starts, seat.since = True, 0, self._clock.now()
+            seat.up, seat.hello, seat.num_starts, seat.since = True, message, 0, self._clock.now()
         return seat
 
     def heard(self, worker: str) -> None:

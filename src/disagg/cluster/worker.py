@@ -45,7 +45,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     epoch: int
     engine: EngineSpec
     folder: str  # of the mailboxes
-    num_pages: int
+    num_pages: int  # of its pool; 0: as many as its GPU has left
     lease_s: float
     max_wait_s: float
     heartbeat_s: float | None = None
@@ -83,7 +83,7 @@ class Worker:
         spec, clock = config.engine, WallClock()
         assert spec.max_len is not None
         self._scheduler = Scheduler(
-            PagePool(config.num_pages, spec.page_size),
+            PagePool(hello.num_pages, spec.page_size),
             max_batch_tokens=spec.max_batch_tokens,
             max_running=spec.max_running,
             max_len=spec.max_len,
