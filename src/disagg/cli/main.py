@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "disagg.cli.compare:compare",
     "generate": "disagg.cli.generate:generate",
     "report": "disagg.cli.report:report",
+    "serve": "disagg.cli.serve:serve",
 }
 INTERRUPTED = 130
 

@@ -52,9 +52,12 @@ class Piece(NamedTuple):
 class Exchange:
     """One HTTP request with all its choices, as the event loop sees it. Made by Front.open."""
 
-    def __init__(self, asks: Sequence[Ask], received_at: float, overflow: Callable[["Exchange"], None]) -> None:
+    def __init__(
+        self, asks: Sequence[Ask], received_at: float, deadline_s: float, overflow: Callable[["Exchange"], None]
+    ) -> None:
         self.asks = asks
         self.received_at = received_at  # on the cluster's clock; latency counts from here
+        self.deadline_s = deadline_s
         self.request_ids: list[str] = []  # of the Cluster, one per choice; the front thread's
         self._overflow = overflow
         self._unread: list[Piece] = []
@@ -159,9 +162,9 @@ class Front:
             raise unavailable(f"The deployment does not serve: {self.progress}.")
         return self._cluster
 
-    def open(self, asks: Sequence[Ask], received_at: float) -> Exchange:
+    def open(self, asks: Sequence[Ask], received_at: float, deadline_s: float) -> Exchange:
         """Send all choices of an exchange. What refuses one of them ends it, and is raised by its `next`."""
-        exchange = Exchange(asks, received_at, self._overflow)
+        exchange = Exchange(asks, received_at, deadline_s, self._overflow)
         self._command(lambda cluster: self._submit(cluster, exchange))
         return exchange
 
@@ -252,7 +255,13 @@ class Front:
             try:
                 if cluster is None:
                     raise _over()
-                request_id = cluster.submit(prompt, params, scheduled_at=exchange.received_at, routing=routing)
+                request_id = cluster.submit(
+                    prompt,
+                    params,
+                    scheduled_at=exchange.received_at,
+                    routing=routing,
+                    deadline_s=exchange.deadline_s,
+                )
             except (DisaggError, Problem) as error:
                 self._news.append((exchange.fail, error))
                 self._abort(cluster, exchange)

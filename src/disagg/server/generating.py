@@ -107,10 +107,9 @@ def _reply(
         for prompt, each in zip(prompts, params, strict=True)
         for choice in range(n)
     ]
-    exchange = state.front.open(asks, received_at)
-    waited_s = WallClock().now() - received_at
-    deadline_at = asyncio.get_running_loop().time() - waited_s + state.settings.deadline_s
-    return Reply(state, exchange, form, bool(asked.stream), deadline_at)
+    left_s = received_at + state.settings.deadline_s - WallClock().now()
+    exchange = state.front.open(asks, received_at, left_s)
+    return Reply(state, exchange, form, bool(asked.stream), asyncio.get_running_loop().time() + left_s)
 
 
 def _for_choice(params: SamplingParams, choice: int) -> SamplingParams:

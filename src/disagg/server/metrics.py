@@ -4,10 +4,12 @@ Counters and histograms grow with every Record, in the front thread. Gauges are 
 somebody asks. `docs/serve.md` explains them all.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from disagg.cluster.status import Status
@@ -26,6 +28,7 @@ class Metrics:
     """The metrics of a server. `status` is asked for the gauges; None: there is no deployment, and so no gauge."""
 
     def __init__(self, status: Callable[[], Status | None]) -> None:
+        disable_created_metrics()  # a moment of creation per series, which nobody asks for
         registry = self._registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
@@ -47,7 +50,7 @@ class Metrics:
         self._busy = counter("worker_busy_seconds", "Step time by phase, shared out by tokens.", ("worker", "phase"))
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in a prefix cache.")
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
-        self._itl = histogram("inter_token_latency_seconds", "Every gap between tokens.", _GAPS)
+        self._itl = _Gaps("disagg_inter_token_latency_seconds", "Every gap between tokens.")
         self._tpot = histogram("request_time_per_output_token_seconds", "Mean gap of each request.", _GAPS)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS)
         self._prompt_len = histogram("request_prompt_tokens", "Length of prompts.", _TOKENS)
@@ -59,6 +62,7 @@ class Metrics:
             ("phase", "route"),
         )
         self._speed = histogram("handoff_bytes_per_second", "Copy speed of each request's hand-off.", _SPEEDS)
+        registry.register(self._itl)
         registry.register(_Gauges(status))
 
     def add(self, record: Record) -> None:
@@ -79,8 +83,7 @@ class Metrics:
         for histogram, value in ((self._ttft, record.ttft_s), (self._tpot, record.tpot_s), (self._e2e, record.e2e_s)):
             if value is not None:
                 histogram.observe(value)
-        for gap_s in record.itl_s:
-            self._itl.observe(gap_s)
+        self._itl.add(record.itl_s)
         route = "colocated" if record.prefill_worker == record.decode_worker else "disaggregated"
         for phase, seconds in (record.e2e_parts() or {}).items():
             self._phases.labels(phase, route).observe(seconds)
@@ -88,6 +91,31 @@ class Metrics:
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Gaps(Collector):
+    """A histogram that takes many values at a time: one per token is too many for a lock each."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts = [0] * (len(_GAPS) + 1)
+        self._sum_s = 0.0
+
+    def add(self, gaps_s: Sequence[float]) -> None:
+        """Count them. From one thread only."""
+        for gap_s in gaps_s:
+            self._counts[bisect_left(_GAPS, gap_s)] += 1
+        self._sum_s += sum(gaps_s)
+
+    def describe(self) -> Iterable[HistogramMetricFamily]:
+        """See Collector."""
+        return (HistogramMetricFamily(self._name, self._text),)
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """See Collector."""
+        names = [*(f"{bound:g}" for bound in _GAPS), "+Inf"]
+        buckets = list(zip(names, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets, self._sum_s)
 
 
 class _Gauges(Collector):
@@ -144,7 +172,8 @@ def _of_workers(status: Status) -> Iterator[_Family]:
         flights.add_metric((*named, "decode"), snapshot.num_taking)
         for side, events in snapshot.handoffs.items():
             for event, count in events.items():
-                handoffs.add_metric((*named, side, event), count)
+                if event != "open":
+                    handoffs.add_metric((*named, side, event), count)
     yield from (up, running, waiting, usage, step, pages, flights, handoffs)
 
 

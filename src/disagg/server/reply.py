@@ -20,6 +20,8 @@ from disagg.server.state import State
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
            (b"x-accel-buffering", b"no")]  # fmt: skip
 
+_GRACE_S = 1.0  # the deployment ends what is not done by its deadline; an answer nobody reads is ended here
+
 
 @dataclass(slots=True)
 class Reply:
@@ -38,7 +40,7 @@ class Reply:
         scope["disagg.records"] = records
         started = complete = False
         try:
-            async with asyncio.timeout_at(self.deadline_at):
+            async with asyncio.timeout_at(self.deadline_at + _GRACE_S):
                 if self.stream:
                     first = await self._news(records)
                     started = True
@@ -70,6 +72,8 @@ class Reply:
         for piece in news:
             if piece.record is not None:
                 records.append(piece.record)
+                if not piece.record.ok and asyncio.get_running_loop().time() >= self.deadline_at:
+                    raise TimeoutError
                 if not piece.record.ok:
                     raise Problem(500, piece.record.error or "The request was ended by the server.")
         return news

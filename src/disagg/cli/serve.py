@@ -1,0 +1,159 @@
+"""`disagg serve`: the options around `server.run`."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
+from disagg.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from disagg.cluster.cluster import Cluster
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_ANY = ("0.0.0.0", "::")
+_GIB, _MIB = 1 << 30, 1 << 20
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  disagg serve --model smollm2 --deploy 1P1D
+  disagg serve --model ./Qwen3-8B --deploy 1P1D --budget cuda:0,1 --host 0.0.0.0 --api-key file:keys.txt
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The capital of France is"}'
+"""
+)
+@click.option(
+    "--model", default="smollm2", show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
+)
+@click.option("--served-model-name", help="What clients call it. Default: the name of --model.")
+@click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
+@click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
+@click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
+@click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
+@click.option(
+    "--kv-memory", type=float, help="KV cache in GiB, split over the workers. Default: 1; all a GPU has left."
+)
+@click.option("--max-batch-tokens", type=int, help="Tokens a step may compute: the chunk size.")
+@click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True, help="Share equal beginnings.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key",
+    "key_sources",
+    multiple=True,
+    help="file:PATH (a key a line) or env:NAME; may be given several times. A key itself would show in `ps`.",
+)
+@click.option("--no-api-key", is_flag=True, help="Listen beyond this machine without a key.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Choices at a time.")
+@click.option("--max-requests", type=click.IntRange(min=1), default=512, show_default=True, help="HTTP ones at a time.")
+@click.option("--max-choices", type=click.IntRange(min=1), default=64, show_default=True, help="Prompts times n.")
+@click.option("--max-prompt-len", type=click.IntRange(min=1), help="In tokens. Default: what the context allows.")
+@click.option("--max-body", type=float, default=4.0, show_default=True, help="Of a request, in MiB.")
+@click.option("--deadline", type=float, default=600.0, show_default=True, help="Of a whole request, in seconds.")
+@click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM.")
+@click.option("--records", type=click.Path(dir_okay=False, path_type=Path), help="Add every request's timeline here.")
+def serve(
+    model: str,
+    served_model_name: str | None,
+    random_weights: bool,
+    dtype: Dtype | None,
+    deploy: str,
+    budget: str | None,
+    max_len: int | None,
+    kv_memory: float | None,
+    max_batch_tokens: int | None,
+    prefix_caching: bool,
+    host: str,
+    port: int,
+    key_sources: tuple[str, ...],
+    no_api_key: bool,
+    records: Path | None,
+    **limits: Any,
+) -> None:
+    """Serve a model over the OpenAI API, on any deployment.
+
+    Prints its address when it is ready, and one JSON line per request on standard error. SIGTERM lets requests finish
+    and exits with code 0; Ctrl-C stops at once.
+    """
+    keys = [key for source in key_sources for key in _keys(source)]
+    if host not in _LOOPBACK and not keys and not no_api_key:
+        raise InputError(f"Listening on {host} lets others in: give --api-key, or --no-api-key if that is meant.")
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
+    engine = EngineSpec.on(
+        deployment.budget.kind,
+        model=model,
+        random_weights=random_weights,
+        dtype=dtype,
+        max_len=max_len,
+        kv_bytes=None if kv_memory is None else int(_positive("--kv-memory", kv_memory) * _GIB),
+        max_batch_tokens=max_batch_tokens,
+        prefix_caching=prefix_caching,
+    )
+
+    from disagg.cluster.cluster import Cluster  # imports torch: slow
+    from disagg.server.guards import Keys
+    from disagg.server.run import listen
+    from disagg.server.run import serve as run
+    from disagg.server.state import Settings
+
+    def make(progress: "Callable[[str], None]") -> "Cluster":
+        return Cluster(deployment, engine, supervise=True, max_outstanding=limits["max_queue"], progress=progress)
+
+    settings = Settings(
+        model=served_model_name or _name(model),
+        max_body_bytes=int(_positive("--max-body", limits["max_body"]) * _MIB),
+        max_prompt_len=limits["max_prompt_len"],
+        max_choices=limits["max_choices"],
+        max_requests=limits["max_requests"],
+        deadline_s=_positive("--deadline", limits["deadline"]),
+        drain_s=_positive("--drain", limits["drain"]),
+    )
+    drained = run(
+        make,
+        listen(host, port),
+        settings,
+        Keys(keys),
+        frozenset() if host in _ANY else frozenset({host, *(_LOOPBACK if host in _LOOPBACK else ())}),
+        records=records,
+        on_ready=lambda url: click.echo(f"{settings.model} on {deployment.name} at {url}"),
+    )
+    if not drained:
+        raise KeyboardInterrupt
+
+
+def _keys(source: str) -> list[str]:
+    """The keys of one --api-key. Raises InputError, which never says a key."""
+    kind, _, name = source.partition(":")
+    if kind == "file":
+        try:
+            text = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"The API keys in {name} cannot be read: {error}.") from None
+    elif kind == "env":
+        text = os.environ.get(name, "")
+    else:
+        raise InputError("--api-key takes file:PATH or env:NAME, not a key: others could see it on the command line.")
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    if not keys:
+        raise InputError(f"--api-key {source} holds no key: write one a line.")
+    return keys
+
+
+def _name(model: str) -> str:
+    """A path of this machine is no name for clients: its last part is."""
+    path = Path(model).expanduser()
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
+
+
+def _positive(option: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise InputError(f"{option} must be above 0, not {value:g}.")
+    return value
