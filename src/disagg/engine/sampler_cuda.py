@@ -8,8 +8,6 @@ Weights are relative to the largest logit of their block (`_blocks`) or row, so 
 float64: a float32 running sum over a vocabulary would give the last tokens' probabilities away.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -48,9 +46,9 @@ def draw(logits: Tensor, choice: Choice, tokens: Tensor) -> None:
 
 @triton.jit
 def _blocks(
-    logits: Any, stride: Any, temperatures: Any, floors: Any, peaks: Any, sums: Any, places: Any,
-    num_blocks: Any, VOCABULARY: tl.constexpr, FILTERED: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    logits, stride, temperatures, floors, peaks, sums, places,
+    num_blocks, VOCABULARY: tl.constexpr, FILTERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, block = tl.program_id(0), tl.program_id(1)
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * stride + offsets, mask=offsets < VOCABULARY, other=float("-inf"))
@@ -68,10 +66,10 @@ def _blocks(
 
 @triton.jit
 def _pick(
-    logits: Any, stride: Any, temperatures: Any, numbers: Any, floors: Any, peaks: Any, sums: Any,
-    places: Any, num_blocks: Any, tokens: Any, VOCABULARY: tl.constexpr, FILTERED: tl.constexpr,
+    logits, stride, temperatures, numbers, floors, peaks, sums,
+    places, num_blocks, tokens, VOCABULARY: tl.constexpr, FILTERED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0)
     blocks = tl.arange(0, BLOCKS)
     here = blocks < num_blocks
@@ -102,14 +100,14 @@ def _pick(
 
 
 @triton.jit
-def _rank(x: Any) -> Any:
+def _rank(x):
     """Integers in the order of the floats, int32."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _mass(row: Any, best: Any, scale: Any, low: Any, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def _mass(row, best, scale, low, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
     """(how many logits rank at least `low`, which counts from the least of all ranks, and the sum of their weights)."""
     bound = (low - 2147483648).to(tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
@@ -125,9 +123,9 @@ def _mass(row: Any, best: Any, scale: Any, low: Any, VOCABULARY: tl.constexpr, B
 
 @triton.jit
 def _filter(
-    logits: Any, stride: Any, temperatures: Any, top_ks: Any, top_ps: Any, min_ps: Any, floors: Any,
+    logits, stride, temperatures, top_ks, top_ps, min_ps, floors,
     VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     program = tl.program_id(0)
     row = logits + program.to(tl.int64) * stride
     temperature = tl.load(temperatures + program)
