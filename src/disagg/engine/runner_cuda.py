@@ -31,6 +31,7 @@ from disagg.request import Request, SamplingParams
 
 _BYTES_PER_TOKEN = 24  # token, position, slot
 _BYTES_PER_ROW = 160  # all other arrays of a request in a step
+_BYTES_PER_PAGE = 12  # an entry of the page table and its place
 
 
 class _Packed(NamedTuple):
@@ -60,8 +61,10 @@ class _Returning(NamedTuple):
 
 
 class CudaRunner:
-    """Runs batches of one loaded model over one storage, of at most `max_running` requests and `max_batch_tokens`
-    positions (or one whole prompt of `max_len`), with up to two steps launched and not collected."""
+    """Runs batches of one loaded model over one storage, with up to two steps launched and not collected.
+
+    A batch has at most `max_running` requests and `max_batch_tokens` positions, or one whole prompt of `max_len`.
+    """
 
     ahead = True
 
@@ -73,12 +76,13 @@ class CudaRunner:
         self._model = loaded.model
         self._device = device = torch.device(loaded.device)
         self._max_running = max_running
-        self._max_tokens = max(max_batch_tokens, max_len) + max_running
+        self._max_batch_tokens = max_batch_tokens
         self._max_len = max_len
         max_pages = -(-max_len // storage.page_size)
         self._slots = Slots(2 * max_running, max_pages)
         self._table = torch.zeros((2 * max_running, max_pages), dtype=torch.int32, device=device)
-        num_bytes = _BYTES_PER_TOKEN * self._max_tokens + (_BYTES_PER_ROW + 16 * max_pages) * max_running + 4096
+        per_row = _BYTES_PER_ROW + _BYTES_PER_PAGE * max_pages
+        num_bytes = _BYTES_PER_TOKEN * (max(max_batch_tokens, max_len) + max_running) + per_row * max_running + 4096
         self._staging = Staging(8 * max_running, num_bytes, device)
         self._ids = self._staging.words()
         self._starts = torch.arange(max_running + 1, dtype=torch.int32, device=device)
@@ -239,8 +243,8 @@ class CudaRunner:
 
         Runs the largest step there can be. Scribbles on the first page: call it before serving.
         """
-        length = min(self._max_len - 1, self._max_tokens - self._max_running)
-        count = min(self._max_running, max(1, (self._max_tokens - self._max_running) // length))
+        length = min(self._max_len - 1, self._max_batch_tokens)
+        count = min(self._max_running, self._max_batch_tokens // length)
         held = [0] * (-(-self._max_len // self.storage.page_size))
         kinds = (SamplingParams(temperature=0), SamplingParams(top_p=0.9, top_k=8, min_p=0.01), SamplingParams())
         requests = [
