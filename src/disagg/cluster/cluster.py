@@ -244,8 +244,7 @@ class Cluster:
         ]
         return Status(
             now, self.deployment.name, self.engine.model, self._policy, self.num_pages, self.engine.page_size,
-            self._supervisor.page_bytes, lines, self.counters(),
-            self._recent.series(now), self._recent.rows(),
+            self._supervisor.page_bytes, lines, self.counters(), self._recent.series(now), self._recent.rows(),
         )  # fmt: skip
 
     def audit(self, timeout_s: float = 5.0) -> list[m.AuditReport]:

@@ -87,7 +87,7 @@ class Status(msgspec.Struct, frozen=True):
 
     at: float
     deployment: str
-    model: str
+    model: str  # as it was given: perhaps a path of this machine
     policy: str
     num_pages: int  # of each worker
     page_size: int  # tokens

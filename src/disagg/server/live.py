@@ -2,7 +2,7 @@
 
     /          the page; it holds no data, so it needs no key
     /static/   its script, style and icon
-    /live      Status as JSON (cluster/status.py, with `now` in seconds since 1970), at that moment
+    /live      what the deployment does at that moment: Status of cluster/status.py, and `now` in seconds since 1970
 
 Where the server asks for an API key, `/live` must be behind it like every other path; the page asks for the key when it
 is answered 401.
@@ -10,12 +10,11 @@ is answered 401.
 The page's box sends a prompt twice to `POST /v1/completions`, streamed, with the body field `disagg_route`:
 "colocated" (one worker does both phases) or "disaggregated" (two workers, whatever their roles). That is
 Cluster.submit's `routing`, and works on any deployment of two workers or more. The Row of a request is found again by
-`request_id`, which the completion's `id` ends with (its first 32 hexadecimal digits, behind "cmpl-").
+`request_id`, which the completion's `id` contains.
 """
 
 import time
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -23,7 +22,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from disagg.cluster.status import Status
+from disagg.server.state import State
 
 _STATIC = Path(__file__).parent / "static"
 _HEADERS = {
@@ -33,22 +32,15 @@ _HEADERS = {
 }
 
 
-class LiveState(Protocol):
-    """What the page needs of the server."""
-
-    def status(self) -> Status:
-        """What the deployment does now: Cluster.status, which any thread may call and which does not block."""
-        ...
-
-
-def routes(state: LiveState) -> list[BaseRoute]:
+def routes(state: State) -> list[BaseRoute]:
     """The page's routes, for the server to mount."""
 
     async def page(request: Request) -> Response:
         return FileResponse(_STATIC / "index.html", headers=_HEADERS)
 
     async def live(request: Request) -> Response:
-        body = {"now": time.time(), "status": state.status()}
+        status = msgspec.structs.replace(state.status(), model=state.settings.model)
+        body = {"now": time.time(), "status": status}
         return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})
 
     return [Route("/", page), Route("/live", live), Mount("/static", StaticFiles(directory=_STATIC), name="static")]
