@@ -7,21 +7,21 @@ is narrower, never arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from ops_data import MIXED, make_rope, make_step
 from torch import Tensor
 
-from disagg.model.ops import LayerWeights, Ops, ReferenceOps, Rope, Step, compose_decoder, pick_ops
+from disagg.model.ops import LayerWeights, Ops, ReferenceOps, Step, compose_decoder, pick_ops
 
 pytest.importorskip("numba")
 
 REFERENCE = ReferenceOps()
 ONE_OP, STACK = 5e-6, 2e-5
 DTYPES = [torch.float32, torch.float16]
-MIXED = [(1, 128), (40, 40), (7, 77), (1, 1), (70, 200), (2, 3)]  # (new tokens, context) of each sequence
 HEADS = [(9, 3, 64), (8, 8, 64), (14, 2, 16), (4, 2, 32)]  # query heads, key heads, head size
 
 
@@ -32,34 +32,6 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
-
-
-def make_step(sequences: Sequence[tuple[int, int]], page_size: int) -> tuple[Step, int]:
-    """A Step of (new tokens, context) pairs on shuffled pages, and the number of pages."""
-    counts = [-(-context // page_size) for _, context in sequences]
-    order = torch.randperm(sum(counts)).tolist()
-    tables = [[order.pop() for _ in range(count)] for count in counts]
-    starts, positions, slots = [0], [], []
-    for (new, context), table in zip(sequences, tables, strict=True):
-        starts.append(starts[-1] + new)
-        positions += range(context - new, context)
-        slots += [table[p // page_size] * page_size + p % page_size for p in range(context - new, context)]
-    padded = [table + [-1] * (max(counts) - len(table)) for table in tables]
-    step = Step(
-        tokens=torch.zeros(len(positions), dtype=torch.int64),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        query_start=torch.tensor(starts, dtype=torch.int32),
-        context_len=torch.tensor([context for _, context in sequences], dtype=torch.int32),
-        page_table=torch.tensor(padded, dtype=torch.int32),
-        last=torch.tensor(starts[1:]) - 1,
-    )
-    return step, sum(counts)
-
-
-def make_rope(size: int) -> Rope:
-    angles = torch.outer(torch.arange(256), 10_000 ** (-torch.arange(0, size, 2) / size))
-    return Rope(angles.cos(), angles.sin())
 
 
 def make_layer(hidden: int, heads: tuple[int, int, int], width: int, extras: bool) -> LayerWeights:

@@ -4,8 +4,7 @@ embedding -> layers: norm, attention, norm, MLP, each added to the residual -> n
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,20 +27,15 @@ class Decoder:
         self._ops = ops
         self._embedding = weights.take("model.embed_tokens.weight")
         self._norm = weights.take("model.norm.weight")
-        self._head = ops.linear(self._embedding if spec.tied else weights.take("lm_head.weight"))
+        head = self._embedding if spec.tied else weights.take("lm_head.weight")
+        self._head = ops.linear(head, out_dtype=torch.float32)
         rope = None if spec.rope is None else rope_tables(spec.rope, spec.head_dim, spec.max_len, self._norm.device)
-        prefixes = [f"model.layers.{layer}." for layer in range(spec.num_layers)]
-        layers = [_layer(spec, weights, prefix) for prefix in prefixes]
-        if spec.out_bias or spec.mlp_bias:
-            biases = [_biases(spec, weights, prefix) for prefix in prefixes]
-            self._layers = _compose_biased(ops, layers, biases, rope, spec.eps)
-        else:
-            self._layers = ops.decoder(layers, rope, spec.eps)
+        self._layers = ops.decoder(_Layers(spec, weights), rope, spec.eps)
 
     def forward(self, step: Step, pages: Tensor) -> Tensor:
         """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`."""
         hidden = self._layers(torch.nn.functional.embedding(step.tokens, self._embedding), step, pages)
-        if len(step.last) < len(hidden):
+        if step.last is not None and len(step.last) < len(hidden):
             hidden = hidden[step.last]
         normed, _ = self._ops.add_rms_norm(hidden, None, self._norm, self.spec.eps)
         return self._head(normed)
@@ -53,62 +47,40 @@ def _take(weights: Weights, prefix: str, *parts: str, kind: str = "weight") -> T
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
+class _Layers(Sequence[LayerWeights]):
+    """The layers of a model, each read when it is asked for, so that one at a time is in memory unpacked."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        self._spec = spec
+        self._weights = weights
+
+    def __len__(self) -> int:
+        return self._spec.num_layers
+
+    def __getitem__(self, layer: int) -> LayerWeights:  # type: ignore[override]  # nobody slices a model
+        if not 0 <= layer < len(self):
+            raise IndexError(layer)
+        return _layer(self._spec, self._weights, f"model.layers.{layer}.")
+
+
 def _layer(spec: ModelSpec, weights: Weights, prefix: str) -> LayerWeights:
+    def take(*parts: str, kind: str = "weight") -> Tensor:
+        return _take(weights, prefix, *parts, kind=kind)
+
     return LayerWeights(
-        attention_norm=_take(weights, prefix, "input_layernorm"),
-        qkv=_take(weights, prefix, *_QKV),
-        out=_take(weights, prefix, _OUT),
-        mlp_norm=_take(weights, prefix, "post_attention_layernorm"),
-        gate_up=_take(weights, prefix, *_GATE_UP),
-        down=_take(weights, prefix, _DOWN),
-        qkv_bias=_take(weights, prefix, *_QKV, kind="bias") if spec.qkv_bias else None,
-        q_norm=_take(weights, prefix, "self_attn.q_norm") if spec.qk_norm else None,
-        k_norm=_take(weights, prefix, "self_attn.k_norm") if spec.qk_norm else None,
+        attention_norm=take("input_layernorm"),
+        qkv=take(*_QKV),
+        out=take(_OUT),
+        mlp_norm=take("post_attention_layernorm"),
+        gate_up=take(*_GATE_UP),
+        down=take(_DOWN),
+        qkv_bias=take(*_QKV, kind="bias") if spec.qkv_bias else None,
+        q_norm=take("self_attn.q_norm") if spec.qk_norm else None,
+        k_norm=take("self_attn.k_norm") if spec.qk_norm else None,
+        out_bias=take(_OUT, kind="bias") if spec.out_bias else None,
+        gate_up_bias=take(*_GATE_UP, kind="bias") if spec.mlp_bias else None,
+        down_bias=take(_DOWN, kind="bias") if spec.mlp_bias else None,
     )
-
-
-class _Biases(NamedTuple):
-    """The biases that LayerWeights has no place for, because of the families only odd Llama checkpoints use them."""
-
-    out: Tensor | None  # [H]
-    gate_up: Tensor | None  # [2 I]
-    down: Tensor | None  # [H]
-
-
-def _biases(spec: ModelSpec, weights: Weights, prefix: str) -> _Biases:
-    return _Biases(
-        out=_take(weights, prefix, _OUT, kind="bias") if spec.out_bias else None,
-        gate_up=_take(weights, prefix, *_GATE_UP, kind="bias") if spec.mlp_bias else None,
-        down=_take(weights, prefix, _DOWN, kind="bias") if spec.mlp_bias else None,
-    )
-
-
-def _compose_biased(
-    ops: Ops, layers: list[LayerWeights], biases: list[_Biases], rope: Rope | None, eps: float
-) -> Callable[[Tensor, Step, Tensor], Tensor]:
-    """`ops.compose_decoder` with the remaining biases; operation by operation, so slower than `ops.decoder`."""
-    packed = [
-        (
-            w,
-            ops.linear(w.qkv, w.qkv_bias),
-            ops.linear(w.out, bias.out),
-            ops.linear(w.gate_up, bias.gate_up),
-            ops.linear(w.down, bias.down),
-        )
-        for w, bias in zip(layers, biases, strict=True)
-    ]
-
-    def run(x: Tensor, step: Step, pages: Tensor) -> Tensor:
-        residual: Tensor | None = None
-        for index, (w, qkv, out, gate_up, down) in enumerate(packed):
-            normed, residual = ops.add_rms_norm(x, residual, w.attention_norm, eps)
-            q = ops.rotate_and_store(qkv(normed), step, index, pages, rope, w.q_norm, w.k_norm, eps)
-            x = out(ops.attend(q, index, pages, step, q.shape[-1] ** -0.5))
-            normed, residual = ops.add_rms_norm(x, residual, w.mlp_norm, eps)
-            x = down(ops.silu_mul(gate_up(normed)))
-        return x if residual is None else x + residual
-
-    return run
 
 
 def rope_tables(rope: RopeSpec, head_dim: int, max_len: int, device: torch.device | str = "cpu") -> Rope:

@@ -118,43 +118,49 @@ def load_model(
 
     `ops` overrides the fastest implementation for the device.
     """
-    source = resolve(name)
+    source, place = resolve(name), _place(device, dtype)
     if source.kind == "seed":
         spec = shorten(SEED, max_len)
         ops = ops or _ops(spec, device, dtype)
-        drawn = {key: tensor.to(device) for key, tensor in seed_model.draw(spec, seed).items()}
-        return _loaded(name, spec, seed_model.Seed(spec, drawn, ops), dtype, device, f"seed {seed}")
-    spec, found = _open(source, random_weights, seed, max_len, device)
+        drawn = {key: tensor.to(place.device, place.dtype) for key, tensor in seed_model.draw(spec, seed).items()}
+        return _loaded(name, spec, seed_model.Seed(spec, drawn, ops), dtype, place, f"seed {seed}")
+    spec, found = _open(source, random_weights, seed, max_len, place)
     model = Decoder(spec, found, ops or _ops(spec, device, dtype))
-    return _loaded(name, spec, model, dtype, device, found.fingerprint())
+    return _loaded(name, spec, model, dtype, place, found.fingerprint())
+
+
+def _place(device: str, dtype: str) -> weights.Place:
+    """A CPU reads float32 and packs it itself; a GPU gets its dtype at once."""
+    dtype_bytes(dtype)
+    return weights.Place(device, torch.float32 if torch.device(device).type == "cpu" else getattr(torch, dtype))
 
 
 def _open(
-    source: Source, random_weights: bool, seed: int, max_len: int | None, device: str
+    source: Source, random_weights: bool, seed: int, max_len: int | None, place: weights.Place
 ) -> tuple[ModelSpec, weights.Weights]:
     """The spec and its tensors, checked but not yet read."""
     if source.kind == "gguf":
         file = GgufFile(Path(source.where))
         spec = file.spec(max_len)
         if not random_weights:
-            return spec, weights.from_gguf(file, spec, device)
+            return spec, weights.from_gguf(file, spec, place)
     else:
         folder = _folder(source, with_weights=not random_weights)
         spec = _read_spec(folder, max_len)
         if not random_weights:
-            return spec, weights.from_folder(folder, spec, device)
-    return spec, weights.from_seed(spec, seed, device)
+            return spec, weights.from_folder(folder, spec, place)
+    return spec, weights.from_seed(spec, seed, place)
 
 
-def _loaded(name: str, spec: ModelSpec, model: Model, dtype: str, device: str, numbers: str) -> Loaded:
+def _loaded(name: str, spec: ModelSpec, model: Model, dtype: str, place: weights.Place, numbers: str) -> Loaded:
     # the context limit is no part of what a page means
     described = msgspec.json.encode([msgspec.structs.replace(spec, max_len=0), dtype, numbers])
     fingerprint = f"{spec.family}-{hashlib.blake2b(described, digest_size=8).hexdigest()}"
-    return Loaded(name, spec, model, dtype, "float32", device, fingerprint)
+    kv_dtype = str(place.dtype).removeprefix("torch.")
+    return Loaded(name, spec, model, dtype, kv_dtype, place.device, fingerprint)
 
 
 def _ops(spec: ModelSpec, device: str, dtype: str) -> Ops:
-    dtype_bytes(dtype)
     if torch.device(device).type == "cpu" and spec.head_dim % _CPU_HEAD_STEP:
         if dtype != "float32":
             raise ModelError(f"Heads of {spec.head_dim} numbers need --dtype float32 on a CPU.")

@@ -5,8 +5,11 @@ of pre-norm layers. It exists because at batch 1 a layer takes 0.4 ms, so thirty
 spend more time on calling than on arithmetic: an implementation may run the stack as one kernel, and the definition
 of what that kernel computes is `compose_decoder`, which uses nothing but the other five.
 
-`ReferenceOps` is the definition: plain torch, float32, any device, slow. `CpuOps` (ops_cpu.py) is fast. Every
-implementation passes tests/seams/test_ops.py.
+`ReferenceOps` is the definition: plain torch, float32, any device, slow. `CpuOps` (ops_cpu.py) and `CudaOps`
+(ops_cuda.py) are fast. They pass tests/seams/test_ops.py and test_ops_cuda.py.
+
+Dtypes: on a CPU every tensor is float32. `CudaOps` has one dtype for weights, activations and pages (bfloat16, float16
+or float32); it adds up in float32, and rotary tables are float32 everywhere.
 
 Letters in shapes: T tokens of this step, B sequences, H hidden, Hq query heads, Hkv key/value heads, D head size,
 I MLP width, N and K a weight's outputs and inputs.
@@ -15,15 +18,15 @@ I MLP width, N and K a weight's outputs and inputs.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
-"""x [T, K] float32 -> [T, N] float32, with the weight inside."""
+"""x [T, K] -> [T, N], with the weight inside."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Step:
 
     Sequence b owns rows query_start[b] : query_start[b + 1]; they are its last tokens, in order, so row r of n sits
     at position context_len[b] - n + r. Its keys and values lie in pages page_table[b, 0 : ceil(context_len / size)].
+
+    The last three fields tell the host what the tensors on a device hold, so that nobody has to wait for them. Zero
+    means not known: right, but slower. Rows of a padded batch have context_len 0 and slot -1; nothing is written for
+    them, and their results mean nothing.
     """
 
     tokens: Tensor  # int64 [T], token ids
@@ -40,7 +47,10 @@ class Step:
     query_start: Tensor  # int32 [B + 1], first row of each sequence, then T
     context_len: Tensor  # int32 [B], tokens of each sequence including this step's
     page_table: Tensor  # int32 [B, most pages of a sequence]; entries past a sequence's end are not read
-    last: Tensor  # int64 [S], rows whose logits are wanted
+    last: Tensor | None  # int64 [S], rows whose logits are wanted; None: all of them
+    max_query_len: int = 0  # most rows of a sequence; 1: every sequence has one, its row is its own number
+    max_context_len: int = 0  # no context is longer; a captured step keeps it for all later ones
+    num_decodes: int = 0  # the first sequences that have one row each
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One pre-norm decoder layer (Llama, Mistral, Qwen2, Qwen3), float32, weights as [outputs, inputs]."""
+    """One pre-norm decoder layer (Llama, Mistral, Qwen2, Qwen3), weights as [outputs, inputs]."""
 
     attention_norm: Tensor  # [H]
     qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: all query heads, then key heads, then value heads
@@ -64,6 +74,14 @@ class LayerWeights:
     qkv_bias: Tensor | None = None  # [(Hq + 2 Hkv) * D]
     q_norm: Tensor | None = None  # [D], RMSNorm of each query head before rotation
     k_norm: Tensor | None = None  # [D]
+    out_bias: Tensor | None = None  # [H]; this and the next two only in odd Llama checkpoints
+    gate_up_bias: Tensor | None = None  # [2 I]
+    down_bias: Tensor | None = None  # [H]
+
+    @property
+    def has_odd_bias(self) -> bool:
+        """Whether there is a bias other than that of query, key and value."""
+        return any(bias is not None for bias in (self.out_bias, self.gate_up_bias, self.down_bias))
 
 
 Decoder = Callable[[Tensor, Step, Tensor], Tensor]
@@ -71,10 +89,13 @@ Decoder = Callable[[Tensor, Step, Tensor], Tensor]
 
 
 class Ops(Protocol):
-    """The seam. Tensors are float32 and contiguous; `pages` is [num_pages, num_layers, 2, Hkv, page_size, D]."""
+    """The seam. Tensors are contiguous; `pages` is [num_pages, num_layers, 2, Hkv, page_size, D]."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Prepare weight [N, K] (and bias [N]) once; the result computes x @ weight.T + bias for any T."""
+    def linear(self, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Linear:
+        """Prepare weight [N, K] (and bias [N]) once; the result computes x @ weight.T + bias for any T.
+
+        The result has the dtype of x, or `out_dtype`: logits are wanted in float32, unrounded.
+        """
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(normed, sum) with sum = x + residual [T, H] and normed = sum / sqrt(mean(sum^2) + eps) * weight [H]."""
@@ -92,23 +113,45 @@ class Ops(Protocol):
         """silu(gate) * up for gate_up [T, 2 I]; returns [T, I]."""
 
     def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
-        """A stack of layers as one call: what `compose_decoder` computes."""
+        """A stack of layers as one call: what `compose_decoder` computes.
+
+        Goes through `layers` once, in order: a sequence that reads each layer when it is asked for never holds a
+        second copy of the model.
+        """
 
 
-def compose_decoder(ops: Ops, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
+class _Packed(NamedTuple):
+    """A layer whose matrices are prepared; the small tensors as they are."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+def _pack(ops: Ops, w: LayerWeights) -> _Packed:
+    return _Packed(
+        w.attention_norm, ops.linear(w.qkv, w.qkv_bias), w.q_norm, w.k_norm, ops.linear(w.out, w.out_bias),
+        w.mlp_norm, ops.linear(w.gate_up, w.gate_up_bias), ops.linear(w.down, w.down_bias),
+    )  # fmt: skip
+
+
+def compose_decoder(ops: Ops, layers: Iterable[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
     """The definition of `Ops.decoder`, made of the five other operations."""
-    packed = [
-        (w, ops.linear(w.qkv, w.qkv_bias), ops.linear(w.out), ops.linear(w.gate_up), ops.linear(w.down)) for w in layers
-    ]
+    packed = [_pack(ops, w) for w in layers]
 
     def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
         x, residual = hidden, None
-        for layer, (w, qkv, out, gate_up, down) in enumerate(packed):
+        for layer, w in enumerate(packed):
             normed, residual = ops.add_rms_norm(x, residual, w.attention_norm, eps)
-            q = ops.rotate_and_store(qkv(normed), step, layer, pages, rope, w.q_norm, w.k_norm, eps)
-            x = out(ops.attend(q, layer, pages, step, q.shape[-1] ** -0.5))
+            q = ops.rotate_and_store(w.qkv(normed), step, layer, pages, rope, w.q_norm, w.k_norm, eps)
+            x = w.out(ops.attend(q, layer, pages, step, q.shape[-1] ** -0.5))
             normed, residual = ops.add_rms_norm(x, residual, w.mlp_norm, eps)
-            x = down(ops.silu_mul(gate_up(normed)))
+            x = w.down(ops.silu_mul(w.gate_up(normed)))
         return x if residual is None else x + residual
 
     return run
@@ -117,8 +160,8 @@ def compose_decoder(ops: Ops, layers: Sequence[LayerWeights], rope: Rope | None,
 class ReferenceOps:
     """The definition: one line of mathematics per line of code, float32, any device."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """x @ weight.T + bias."""
+    def linear(self, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Linear:
+        """x @ weight.T + bias; everything is float32 here, so `out_dtype` has nothing to change."""
         return lambda x: torch.nn.functional.linear(x, weight, bias)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,12 +213,19 @@ class ReferenceOps:
 
 
 def pick_ops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Ops:
-    """The fastest implementation for a device; dtype is how weights are stored (float32 or float16).
+    """The fastest implementation for a device; dtype is how weights are stored.
 
-    On CPU without numba the reference runs instead, in float32 only: asking for float16 there is an error, because
-    silently storing twice the bytes would make a measurement compare different things.
+    On CPU: float32 or float16; without numba the reference runs instead, in float32 only: asking for float16 there is
+    an error, because silently storing twice the bytes would make a measurement compare different things. On CUDA:
+    bfloat16, float16 or float32, and Triton must be installed. Raises ValueError.
     """
     kind = torch.device(device).type
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("CUDA needs Triton (pip install 'disagg[cuda]')")
+        from disagg.model.ops_cuda import CudaOps
+
+        return CudaOps(dtype)
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"weights can be stored as float32 or float16, not {dtype}")
     if kind == "cpu" and importlib.util.find_spec("numba") is not None:

@@ -8,14 +8,15 @@ threads, with one exception told in `attend_phase`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from disagg.model.ops import Decoder, LayerWeights, Linear, Rope, Step
+from disagg.model.ops import Decoder, LayerWeights, Linear, Rope, Step, compose_decoder
 from disagg.model.ops_cpu_attention import attend_kernel, attend_phase
 from disagg.model.ops_cpu_gemm import linear_kernel, linear_phase, pack, silu_mul_kernel, silu_phase
 from disagg.model.ops_cpu_jit import kernel
@@ -26,6 +27,7 @@ from disagg.model.ops_cpu_tile import PANEL
 _NOTHING = np.zeros(0, np.float32)  # stands for None: kernels ask for the length, so they compile once
 _NO_ROWS = np.zeros((0, 0), np.float32)
 _PHASES = 8  # of a layer in decoder_kernel
+_PLAIN = ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm")  # float32 as they are
 
 
 class _Stack(NamedTuple):
@@ -80,8 +82,8 @@ class CpuOps:
         self.dtype = dtype
         self._team = Team()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Pack the weight once; see `pack`."""
+    def linear(self, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Linear:
+        """Pack the weight once; see `pack`. Results are float32 anyhow, so `out_dtype` has nothing to change."""
         packed, num_out, added = pack(weight, self.dtype), len(weight), _array(bias)
 
         def run(x: Tensor) -> Tensor:
@@ -124,10 +126,15 @@ class CpuOps:
         return out
 
     def decoder(self, layers: Sequence[LayerWeights], rope: Rope | None, eps: float) -> Decoder:
-        """The whole stack as one kernel; it keeps its own packed copy of the weights."""
-        stack = _stack(layers, self.dtype)
-        num_phases = _PHASES * len(layers)
-        width, mlp_width = layers[0].qkv.shape[0], layers[0].down.shape[1]
+        """The whole stack as one kernel, which has no place for odd biases; a stack with them is composed."""
+        num_layers, remaining = len(layers), iter(layers)
+        first = next(remaining)
+        if first.has_odd_bias:
+            return compose_decoder(self, chain([first], remaining), rope, eps)
+        stack = _stack(chain([first], remaining), num_layers, self.dtype)
+        num_phases = _PHASES * num_layers
+        width, mlp_width = first.qkv.shape[0], first.down.shape[1]
+        del first  # `run` would keep it alive
 
         def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
             rows, hidden = len(hidden), hidden.clone(memory_format=torch.contiguous_format)
@@ -169,25 +176,15 @@ def _query_shape(qkv_width: int, pages: Tensor) -> tuple[int, int]:
     return qkv_width // size - 2 * num_kv, size
 
 
-def _stack(layers: Sequence[LayerWeights], dtype: torch.dtype) -> _Stack:
+def _stack(layers: Iterable[LayerWeights], num_layers: int, dtype: torch.dtype) -> _Stack:
     """Pack layer by layer into the stacked arrays, so that little more than the result is in memory."""
-
-    def stacked(count: int, make: Callable[[int], np.ndarray]) -> np.ndarray:
-        first = make(0)
-        out = np.empty((count, *first.shape), first.dtype)
-        for i in range(count):
-            out[i] = first if i == 0 else make(i)
-        return out
-
-    def packed(name: str) -> np.ndarray:
-        return stacked(len(layers), lambda i: pack(getattr(layers[i], name), dtype))
-
-    def plain(name: str) -> np.ndarray:
-        return stacked(len(layers), lambda i: _array(getattr(layers[i], name)))
-
-    def gate_and_up(i: int) -> np.ndarray:
-        return stacked(2, lambda j: pack(layers[i].gate_up.chunk(2)[j], dtype))
-
-    fields = {name: packed(name) for name in ("qkv", "out", "down")}
-    fields |= {name: plain(name) for name in ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm")}
-    return _Stack(gate_up=stacked(len(layers), gate_and_up), **fields)
+    fields: dict[str, np.ndarray] = {}
+    for index, layer in enumerate(layers):
+        packed = {name: pack(getattr(layer, name), dtype) for name in ("qkv", "out", "down")}
+        packed["gate_up"] = np.stack([pack(half, dtype) for half in layer.gate_up.chunk(2)])
+        plain = {name: _array(getattr(layer, name)) for name in _PLAIN}
+        for name, array in (packed | plain).items():
+            if name not in fields:
+                fields[name] = np.empty((num_layers, *array.shape), array.dtype)
+            fields[name][index] = array
+    return _Stack(**fields)

@@ -22,7 +22,7 @@ class Seed:
         self.spec = spec
         self._ops = ops
         self._embedding = weights["embedding.weight"]
-        self._head = ops.linear(weights["output.weight"], weights["output.bias"])
+        self._head = ops.linear(weights["output.weight"], weights["output.bias"], torch.float32)
         self._layers = []
         for layer in range(spec.num_layers):
             own = {name: weights[f"{layer}.{name}"] for name in _layer_names(weights)}
@@ -45,7 +45,7 @@ class Seed:
             q = ops.rotate_and_store(qkv(x), step, layer, pages)
             x = layer_norm(x + out(ops.attend(q, layer, pages, step, scale)), width, *attention_norm, self.spec.eps)
             x = layer_norm(x + reduce(expand(x).relu_()), width, *mlp_norm, self.spec.eps)
-        return self._head(x[step.last])
+        return self._head(x if step.last is None else x[step.last])
 
 
 def draw(spec: ModelSpec, seed: int) -> dict[str, Tensor]:

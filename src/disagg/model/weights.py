@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,28 +24,38 @@ Read = Callable[[], Tensor]
 _NAMED_AT_MOST = 5  # tensors an error lists by name
 
 
+class Place(NamedTuple):
+    """Where tensors go and what they are there."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+_CPU = Place()
+
+
 class Weights:
-    """Tensors by name, float32 on `device`, each read when it is taken.
+    """Tensors by name, each read when it is taken, straight to its `place`.
 
     `found` maps each name to its shape and a function that reads it. Raises ModelError unless these are exactly the
     tensors of `spec`; `source` says in the error where they come from.
     """
 
     def __init__(
-        self, spec: ModelSpec, found: dict[str, tuple[tuple[int, ...], Read]], source: str, device: str = "cpu"
+        self, spec: ModelSpec, found: dict[str, tuple[tuple[int, ...], Read]], source: str, place: Place
     ) -> None:
         _check(expected_shapes(spec), {name: shape for name, (shape, _) in found.items()}, source)
         self._found = found
-        self._device = device
+        self._place = place
         self._digest = hashlib.blake2b(digest_size=8)
 
     def take(self, name: str) -> Tensor:
-        """The tensor called `name`, float32, contiguous."""
-        tensor = self._found[name][1]().to(device=self._device, dtype=torch.float32).contiguous()
+        """The tensor called `name`, contiguous, of the place's dtype."""
+        tensor = self._found[name][1]().to(device=self._place.device, dtype=self._place.dtype).contiguous()
         self._digest.update(name.encode())
         # a sample is enough: it tells models apart, it does not protect against forgery
         sample = tensor.flatten()[:: max(1, tensor.numel() // 256)]
-        self._digest.update(sample.cpu().numpy().tobytes())
+        self._digest.update(sample.float().cpu().numpy().tobytes())
         return tensor
 
     def fingerprint(self) -> str:
@@ -98,7 +109,7 @@ def _check(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...
         raise ModelError(f"The tensors of {source} do not match its configuration; {'; '.join(faults)}.")
 
 
-def from_folder(folder: Path, spec: ModelSpec, device: str = "cpu") -> Weights:
+def from_folder(folder: Path, spec: ModelSpec, place: Place = _CPU) -> Weights:
     """The safetensors of a Hugging Face folder, one file or shards. Raises ModelError."""
     files = _safetensor_files(folder)
     found: dict[str, tuple[tuple[int, ...], Read]] = {}
@@ -110,7 +121,7 @@ def from_folder(folder: Path, spec: ModelSpec, device: str = "cpu") -> Weights:
     for name in list(found):  # computed from the config, or a second copy of the embedding
         if name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight"):
             del found[name]
-    return Weights(spec, found, str(folder), device)
+    return Weights(spec, found, str(folder), place)
 
 
 def _safetensor_files(folder: Path) -> list[Path]:
@@ -159,29 +170,30 @@ def _reader(file: Path, name: str) -> Read:
     return read
 
 
-def from_gguf(file: GgufFile, spec: ModelSpec, device: str = "cpu") -> Weights:
+def from_gguf(file: GgufFile, spec: ModelSpec, place: Place = _CPU) -> Weights:
     """The tensors of a GGUF file, dequantised, queries and keys in Hugging Face order. Raises ModelError."""
     found = {name: (shape, read) for name, shape, read in file.named(spec)}
-    return Weights(spec, found, str(file.path), device)
+    return Weights(spec, found, str(file.path), place)
 
 
-def from_seed(spec: ModelSpec, seed: int, device: str = "cpu") -> Weights:
-    """Random tensors for performance work: the same numbers in every worker with the same kind of device.
+def from_seed(spec: ModelSpec, seed: int, place: Place = _CPU) -> Weights:
+    """Random tensors for performance work: the same numbers in every worker with the same kind of device and dtype.
 
     Matrices are uniform with variance 1 / inputs, so a layer keeps the size of what passes through it; norms are 1;
     biases are small. Each tensor has its own generator, so the order of taking does not matter.
     """
-    found = {name: (shape, _random(name, shape, seed, device)) for name, shape in expected_shapes(spec).items()}
-    return Weights(spec, found, "random weights", device)
+    found = {name: (shape, _random(name, shape, seed, place)) for name, shape in expected_shapes(spec).items()}
+    return Weights(spec, found, "random weights", place)
 
 
-def _random(name: str, shape: tuple[int, ...], seed: int, device: str) -> Read:
+def _random(name: str, shape: tuple[int, ...], seed: int, place: Place) -> Read:
     def read() -> Tensor:
+        empty = torch.empty(shape, device=place.device, dtype=place.dtype)
         if "norm" in name:
-            return torch.ones(shape, device=device)
+            return empty.fill_(1)
         # torch's CPU generator heeds only the low 32 bits of its seed
-        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        generator = torch.Generator(place.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         bound = (3 / shape[-1]) ** 0.5 if len(shape) > 1 else 0.02
-        return torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
+        return empty.uniform_(-bound, bound, generator=generator)
 
     return read

@@ -1,0 +1,144 @@
+"""How long one forward pass of a model takes on a GPU: python bench/gpu_model.py [--model M] [--profile] [--out FILE]
+
+Random weights, drawn on the device. Decoding is a CUDA graph at contexts of 256 tokens, prompts run as they do in the
+engine, without one; neither scheduling nor sampling is in it. Beside each time stands the limit: weights and cache
+read once at 3.0 TB/s, or the arithmetic at 767 TFLOP/s. --profile adds the time of each kernel. --no-early starts
+every kernel after the one before has ended. The last line of output is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_ops import DTYPE, MODELS, PAGE_SIZE, graph_ms, make_step
+
+from disagg.model.decoder import Decoder
+from disagg.model.ops import Step, pick_ops
+from disagg.model.spec import ModelSpec, RopeSpec
+from disagg.model.weights import Place, from_seed
+
+BANDWIDTH, PEAK = 3.0e12, 767e12
+CONTEXT = 256
+SPECS = {
+    name: ModelSpec(
+        family="qwen3", vocab_size=shape.vocab, hidden_size=shape.hidden, num_layers=shape.layers,
+        num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.size, intermediate_size=shape.mlp,
+        max_len=8192, rope=RopeSpec(theta=1e6), qk_norm=True, tied=shape.tied,
+    )
+    for name, shape in MODELS.items()
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SPECS), action="append")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--no-early", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No CUDA device here: nothing to time.")
+        return
+    if args.no_early:
+        _start_late()
+    results = {name: measure(name, args.profile) for name in args.model or SPECS}
+    text = json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "models": results})
+    if args.out:
+        args.out.write_text(text)
+    print(text)
+
+
+def _start_late() -> None:
+    from disagg.model import ops_cuda_decode, ops_cuda_linear, ops_cuda_prefill, ops_cuda_rows
+
+    for module in (ops_cuda_decode, ops_cuda_linear, ops_cuda_prefill, ops_cuda_rows):
+        module.overlaps = lambda device: False
+
+
+@torch.inference_mode()
+def measure(name: str, profiled: bool) -> dict[str, float]:
+    """Milliseconds by what was timed."""
+    spec = SPECS[name]
+    begin = time.perf_counter()
+    model = Decoder(spec, from_seed(spec, 42, Place("cuda", DTYPE)), pick_ops("cuda", DTYPE))
+    torch.cuda.synchronize()
+    found = {"load_s": time.perf_counter() - begin, "memory_gib": torch.cuda.memory_allocated() / 2**30}
+    print(f"\n{name}: loaded in {found['load_s']:.1f} s, {found['memory_gib']:.1f} GiB")
+    for batch in (1, 8, 32, 128):
+        step, pages = _inputs(spec, [(1, CONTEXT)] * batch)
+        num_bytes = spec.weight_bytes("bfloat16") + batch * CONTEXT * spec.kv_bytes_per_token("bfloat16")
+        if not spec.tied:
+            num_bytes -= spec.vocab_size * spec.hidden_size * 2  # a row of the embedding is read, not all
+        flop = batch * spec.decode_flops(CONTEXT)
+        found[f"decode_{batch}"] = graph_ms([lambda: model.forward(step, pages)] * 2, 20)  # noqa: B023
+        _print(f"decode, batch {batch}", found[f"decode_{batch}"], max(num_bytes / BANDWIDTH, flop / PEAK), batch)
+        if profiled:
+            graph = _captured(lambda: model.forward(step, pages))  # noqa: B023
+            _profile(graph.replay, found[f"decode_{batch}"])
+    for count, length in ((1, 128), (1, 512), (1, 2048), (4, 2048), (1, 8192)):
+        step, pages = _inputs(spec, [(length, length)] * count)
+        found[f"prefill_{count}x{length}"] = ms = eager_ms(lambda: model.forward(step, pages))  # noqa: B023
+        limit = max(count * spec.prefill_flops(length) / PEAK, spec.weight_bytes("bfloat16") / BANDWIDTH)
+        _print(f"prefill, {count} x {length}", ms, limit, count * length)
+        if profiled and count * length > 2048:
+            _profile(lambda: model.forward(step, pages), ms)  # noqa: B023
+    return found
+
+
+def _inputs(spec: ModelSpec, sequences: list[tuple[int, int]]) -> tuple[Step, torch.Tensor]:
+    step, num_pages = make_step(sequences)
+    step.tokens.random_(spec.vocab_size)
+    last = None if sequences[0][0] == 1 else step.query_start[1:].long() - 1
+    pages = torch.empty(
+        num_pages, spec.num_layers, 2, spec.num_kv_heads, PAGE_SIZE, spec.head_dim, dtype=DTYPE, device="cuda"
+    )
+    return Step(**(vars(step) | {"last": last})), pages.normal_()
+
+
+def eager_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call from an idle device to an idle device, host included: median of five."""
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times[2:])
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def _print(what: str, ms: float, limit_s: float, tokens: int) -> None:
+    limit = limit_s * 1e3
+    print(
+        f"{what:22}{ms:9.3f} ms, limit {limit:8.3f} ms ({limit / ms:4.0%}), {tokens / ms * 1e3:9.0f} tok/s", flush=True
+    )
+
+
+def _profile(call: Callable[[], object], ms: float) -> None:
+    """Time by kernel. Kernels that start early overlap, so their sum may be more than the whole."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    total = sum(event.self_device_time_total for event in events) / 3e3
+    print(f"    {total:.3f} ms in kernels of {ms:.3f} ms")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:14]:
+        share = event.self_device_time_total / 3e3
+        each = event.self_device_time_total / event.count
+        print(f"    {share:8.3f} ms {event.count // 3:5} x {each:8.1f} us  {event.key[:90]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""How fast products of few rows are: python bench/gpu_products.py [--sweep] [--out FILE]
+
+Ours with norm, residual or gate, as a layer has them, beside cuBLAS's bare product and the time in which the device
+can read the weight. --sweep times a list of tiles for each, from which the table in ops_cuda_linear.py was made; each
+kernel is compiled beforehand in processes of their own. The last line of output is JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from gpu_ops import MODELS, Line, Shape, ceilings, draw, graph_ms, print_lines
+from torch import Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No CUDA device here: nothing to time.")
+        return
+    bandwidth, peak = ceilings()
+    print(f"ceilings: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s")
+    lines = print_lines(time_products(args.sweep), bandwidth, peak)
+    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth, "peak": peak,
+              "lines": [line._asdict() for line in lines]}  # fmt: skip
+    if args.out:
+        args.out.write_text(json.dumps(result))
+    print(json.dumps({key: value for key, value in result.items() if key != "lines" or not args.sweep}))
+
+
+class Product(NamedTuple):
+    """A product of a layer: its weight's shape and what is done beside it."""
+
+    name: str
+    outputs: int
+    inputs: int
+    norm: bool = False
+    residual: bool = False
+    gated: bool = False
+
+
+def products(shape: Shape) -> list[Product]:
+    return [
+        Product("qkv", shape.qkv, shape.hidden, norm=True),
+        Product("out", shape.hidden, shape.heads * shape.size, residual=True),
+        Product("gate_up", 2 * shape.mlp, shape.hidden, norm=True, gated=True),
+        Product("down", shape.hidden, shape.mlp, residual=True),
+        Product("head", shape.vocab, shape.hidden),
+    ]
+
+
+VECTOR_TILES = [(2, 1024, 4, 3), (4, 512, 4, 3), (4, 1024, 4, 3), (4, 1024, 4, 2), (8, 512, 4, 3), (8, 512, 4, 4),
+                (8, 512, 8, 3), (16, 256, 4, 3), (16, 256, 4, 5), (4, 512, 2, 4), (8, 1024, 8, 2)]  # fmt: skip
+MATRIX_TILES = {
+    16: [(16, 256, 2, 3), (16, 256, 2, 4), (16, 512, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4),
+         (32, 256, 2, 3), (64, 128, 4, 4), (64, 256, 4, 3)],
+    32: [(16, 128, 2, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 4),
+         (128, 64, 4, 4)],
+    64: [(32, 128, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 128, 8, 4), (128, 64, 8, 4)],
+}  # fmt: skip
+
+
+def tiles_of(rows: int, product: Product) -> list[tuple[int, int, int, int]]:
+    """Candidates; a gated product's tile holds two weights."""
+    padded = 1 if rows == 1 else max(16, 1 << (rows - 1).bit_length())
+    tiles = VECTOR_TILES if padded == 1 else MATRIX_TILES.get(padded, [])
+    return [(max(1, n // 2) if product.gated else n, k, w, s) for n, k, w, s in tiles if product.inputs >= k]
+
+
+def _operands(product: Product, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = product.outputs // 2 if product.gated else product.outputs
+    weight = draw(product.outputs, product.inputs, scale=product.inputs**-0.5)
+    return draw(rows, product.inputs), weight, draw(product.inputs), draw(rows, outputs)
+
+
+def compile_tile(job: tuple[Product, int, tuple[int, int, int, int]]) -> None:
+    """Fill Triton's cache, in a process of its own."""
+    product, rows, tile = job
+    _call(product, *_operands(product._replace(outputs=256), rows), tile)()
+
+
+def _call(
+    product: Product, x: Tensor, weight: Tensor, norm: Tensor, residual: Tensor, tile: tuple[int, int, int, int] | None
+) -> Callable[[], Tensor]:
+    from disagg.model.ops_cuda_linear import Extras, Tile, small_product
+
+    extras = Extras(norm if product.norm else None, 1e-6, None, residual if product.residual else None, product.gated)
+    dtype = torch.float32 if product.name == "head" else None
+    return lambda: small_product(x, weight, extras, dtype, Tile(*tile) if tile else None)
+
+
+def time_products(sweep: bool) -> Iterator[Line]:
+    """Every product of both models, ours with its extras, beside cuBLAS's product alone."""
+    batches = (1, 2, 8, 16, 32, 64, 128) if sweep else (1, 8)
+    jobs = [(product, rows, tile) for shape in MODELS.values() for product in products(shape) for rows in batches
+            for tile in (tiles_of(rows, product) if sweep else ())]  # fmt: skip
+    if jobs:
+        distinct = {(job[0]._replace(outputs=0), job[1], job[2]): job for job in jobs}
+        with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(compile_tile, distinct.values(), chunksize=8))
+    for name, shape in MODELS.items():
+        for product in products(shape):
+            copies = max(2, min(24, (256 << 20) // (product.outputs * product.inputs * 2) + 1))
+            operands = [_operands(product, 1) for _ in range(copies)]
+            for rows in batches:
+                yield from _time_product(name, product, rows, operands, sweep)
+
+
+def _time_product(
+    name: str, product: Product, rows: int, operands: list[tuple[Tensor, Tensor, Tensor, Tensor]], sweep: bool
+) -> Iterator[Line]:
+    weights = [weight for _, weight, _, _ in operands]
+    x, _, norm, residual = _operands(product._replace(outputs=2), rows)
+    residual = draw(rows, product.outputs)
+    num_bytes = 2.0 * (product.outputs * product.inputs + rows * (product.inputs + product.outputs))
+    flop = 2.0 * rows * product.outputs * product.inputs
+    title = f"{name} {product.name}, {rows} rows"
+    ms = graph_ms([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+    yield Line(f"{title}, cuBLAS alone", ms, num_bytes, flop)
+    timed = []
+    for tile in tiles_of(rows, product) if sweep else [None] * (rows <= 16):
+        try:
+            ms = graph_ms([_call(product, x, w, norm, residual, tile) for w in weights])
+        except Exception as error:  # a tile may need more shared memory than there is
+            print(f"{title}, {tile}: {str(error).splitlines()[0]}")
+            continue
+        timed.append(Line(f"{title}, {tile or 'ours'}", ms, num_bytes, flop))
+    yield from sorted(timed, key=lambda line: line.ms)[:3]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Attention of decodes for `CudaOps`: one query row a sequence, bound by reading keys and values once.
+
+A program takes one sequence, one key/value head with all query heads that share it, and a part of the context
+(FlashDecoding: Dao et al., 2023). The number of parts is fixed when the kernel is launched, so a CUDA graph can hold
+it; how long a part is follows from the context's length, read on the device. The program that finishes a sequence's
+last part joins them, which saves a kernel.
+
+In a step of decodes alone the same kernel also norms and rotates query and key and writes the new key and value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from disagg.model.ops import Rope, Step
+from disagg.model.ops_cuda_jit import after_previous, kernel, launch, overlaps
+
+_MAX_PARTS = 32
+_MIN_TILE = 16  # rows of a tensor core's tile
+
+
+class DecodeTile(NamedTuple):
+    """How the work is cut."""
+
+    keys: int = 64  # of one turn of the loop
+    warps: int = 4
+    stages: int = 2
+    programs: int = 264  # that fill the GPU: two for each of 132 multiprocessors
+
+
+_TILE = DecodeTile()
+
+
+class Fused(NamedTuple):
+    """What the kernel does before attention: see `Ops.rotate_and_store`."""
+
+    rope: Rope | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+
+
+def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: DecodeTile = _TILE) -> int:
+    """Into how many parts a context is cut: enough to fill the GPU, none shorter than a turn of the loop."""
+    wanted = triton.cdiv(tile.programs, num_sequences * num_kv)
+    return max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys)))
+
+
+def attend_decodes(
+    source: Tensor, layer: int, pages: Tensor, step: Step, scale: float, out: Tensor, counters: Tensor,
+    num_sequences: int, fused: Fused | None = None, tile: DecodeTile = _TILE,
+) -> None:  # fmt: skip
+    """Write out[:num_sequences] [Hq * D] of sequences with one row each, which is the row of their own number.
+
+    `source` is q [T, Hq, D] with keys and values already in the pages, or with `fused` the rows of the merged
+    projection [T, (Hq + 2 Hkv) * D]. `counters` int32, at least num_sequences * Hkv zeros, are zeros again afterwards;
+    only one stream may use them at a time.
+    """
+    num_kv, page_size, size = pages.shape[3:]
+    num_heads = out.shape[1] // size
+    if num_sequences * num_kv > len(counters):
+        raise ValueError(f"{num_sequences} sequences of {num_kv} heads need more than {len(counters)} counters")
+    longest = step.max_context_len or step.page_table.shape[1] * page_size
+    parts = parts_of(num_sequences, num_kv, longest, tile)
+    shape = (num_sequences, num_kv, parts, num_heads // num_kv)
+    partial, peak, weight = out, out, out  # not touched when there is one part
+    if parts > 1:
+        partial = torch.empty(*shape, size, dtype=torch.float32, device=out.device)
+        peak, weight = torch.empty(2, *shape, dtype=torch.float32, device=out.device)
+    rope, q_norm, k_norm, eps = fused or Fused(None, None, None, 0.0)
+    cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+    launch(
+        _decode_kernel, (num_sequences, num_kv, parts), source, pages, step.page_table, step.context_len, cos, sin,
+        q_norm, k_norm, out, partial, peak, weight, counters, step.page_table.stride(0), layer, scale, eps,
+        NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, HALF_BLOCK=triton.next_power_of_2(size // 2),
+        PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts,
+        PARTS_BLOCK=triton.next_power_of_2(parts),
+        GROUP_BLOCK=max(_MIN_TILE, triton.next_power_of_2(num_heads // num_kv)), FUSED=fused is not None,
+        HAS_ROPE=rope is not None, HAS_NORM=q_norm is not None, STAGES=tile.stages, warps=tile.warps,
+        early=overlaps(out.device),
+    )  # fmt: skip
+
+
+@kernel
+def _decode_kernel(  # noqa: C901 - most branches are decided when it is compiled
+    source, pages, page_table, context_len, cos, sin, q_norm, k_norm,
+    out, partial, peak, weight, counters, table_width, layer, scale, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, FUSED: tl.constexpr, HAS_ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """One sequence, one key/value head, one part of the context. Halves of a head are kept apart, as rotation does."""
+    after_previous(EARLY)
+    HALF: tl.constexpr = SIZE // 2
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV
+    KV_STRIDE: tl.constexpr = NUM_KV * PAGE_SIZE * SIZE
+    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV) * SIZE if FUSED else NUM_HEADS * SIZE
+    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(context_len + sequence)
+    member = tl.arange(0, GROUP_BLOCK)
+    half = tl.arange(0, HALF_BLOCK)
+    channel = tl.arange(0, 2 * HALF_BLOCK)
+    in_half, in_head = half < HALF, channel < SIZE
+    out_row = out + sequence.to(tl.int64) * (NUM_HEADS * SIZE) + kv_head * (GROUP * SIZE)
+    at_group = member[:, None] * SIZE + channel[None, :]
+    in_group = (member < GROUP)[:, None] & in_head[None, :]
+    if length == 0:  # a row of padding
+        if part == 0:
+            tl.store(out_row + at_group, tl.zeros([GROUP_BLOCK, 2 * HALF_BLOCK], tl.float32), mask=in_group)
+        return
+
+    past = length - 1 if FUSED else length  # keys to be read
+    turns = tl.cdiv(past, KEYS)
+    turns_of_part = tl.maximum(tl.cdiv(turns, PARTS), 1)
+    parts = tl.maximum(tl.cdiv(turns, turns_of_part), 1)  # that have something to read
+    if part >= parts:
+        return
+
+    row = source + sequence.to(tl.int64) * WIDTH
+    at = (kv_head * GROUP + member)[:, None] * SIZE + half[None, :]
+    in_query = (member < GROUP)[:, None] & in_half[None, :]
+    q_first = tl.load(row + at, mask=in_query, other=0.0)
+    q_second = tl.load(row + at + HALF, mask=in_query, other=0.0)
+    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    result = tl.zeros([GROUP_BLOCK, 2 * HALF_BLOCK], tl.float32)
+    scale_2 = scale * 1.4426950408889634  # log2(e): exp2 is what the hardware has
+    table = page_table + sequence.to(tl.int64) * table_width
+    kv_base = pages + layer * (2 * KV_STRIDE) + kv_head * (PAGE_SIZE * SIZE)
+    if FUSED:
+        at_key = (NUM_HEADS + kv_head) * SIZE
+        k_first = tl.load(row + at_key + half, mask=in_half, other=0.0).to(tl.float32)
+        k_second = tl.load(row + at_key + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+        value = tl.load(row + at_key + NUM_KV * SIZE + channel, mask=in_head, other=0.0)
+        wide_first, wide_second = q_first.to(tl.float32), q_second.to(tl.float32)
+        if HAS_NORM:
+            square = tl.sum(wide_first * wide_first, axis=1) + tl.sum(wide_second * wide_second, axis=1)
+            q_scale = tl.rsqrt(square / SIZE + eps)[:, None]
+            wide_first *= q_scale * tl.load(q_norm + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+            wide_second *= q_scale * tl.load(q_norm + HALF + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+            k_scale = tl.rsqrt((tl.sum(k_first * k_first) + tl.sum(k_second * k_second)) / SIZE + eps)
+            k_first *= k_scale * tl.load(k_norm + half, mask=in_half, other=0.0).to(tl.float32)
+            k_second *= k_scale * tl.load(k_norm + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+        if HAS_ROPE:
+            c = tl.load(cos + past * HALF + half, mask=in_half, other=0.0)
+            s = tl.load(sin + past * HALF + half, mask=in_half, other=0.0)
+            wide_first, wide_second = (
+                wide_first * c[None, :] - wide_second * s[None, :],
+                wide_second * c[None, :] + wide_first * s[None, :],
+            )
+            k_first, k_second = k_first * c - k_second * s, k_second * c + k_first * s
+        # rounded as they are where the pages hold them
+        q_first, q_second = wide_first.to(q_first.dtype), wide_second.to(q_second.dtype)
+        k_first, k_second = k_first.to(q_first.dtype), k_second.to(q_first.dtype)
+        if part == 0:
+            page = tl.load(table + past // PAGE_SIZE).to(tl.int64)
+            place = kv_base + page * PAGE_STRIDE + past % PAGE_SIZE * SIZE
+            tl.store(place + half, k_first, mask=in_half)
+            tl.store(place + HALF + half, k_second, mask=in_half)
+            tl.store(place + KV_STRIDE + channel, value, mask=in_head)
+        own = tl.sum(q_first.to(tl.float32) * k_first.to(tl.float32)[None, :], axis=1)
+        own += tl.sum(q_second.to(tl.float32) * k_second.to(tl.float32)[None, :], axis=1)
+        highest = tl.where(part == 0, own * scale_2, float("-inf"))
+        total = tl.where(part == 0, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
+        result += tl.where(part == 0, value.to(tl.float32), 0.0)[None, :]
+
+    begin = part * turns_of_part * KEYS
+    end = tl.minimum(begin + turns_of_part * KEYS, past)
+    for first_key in tl.range(begin, end, KEYS, num_stages=STAGES):
+        key = first_key + tl.arange(0, KEYS)
+        known = key < end
+        page = tl.load(table + key // PAGE_SIZE, mask=known, other=0).to(tl.int64)
+        place = kv_base + page * PAGE_STRIDE + key % PAGE_SIZE * SIZE
+        seen = known[None, :] & in_half[:, None]
+        keys_first = tl.load(place[None, :] + half[:, None], mask=seen, other=0.0)
+        keys_second = tl.load(place[None, :] + HALF + half[:, None], mask=seen, other=0.0)
+        values = tl.load(
+            place[:, None] + KV_STRIDE + channel[None, :], mask=known[:, None] & in_head[None, :], other=0.0
+        )
+        score = tl.dot(q_first, keys_first, input_precision="ieee")
+        score = tl.dot(q_second, keys_second, score, input_precision="ieee")
+        score = tl.where(known[None, :], score * scale_2, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, axis=1))
+        share = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(highest - higher)
+        total = total * fade + tl.sum(share, axis=1)
+        result = tl.dot(share.to(values.dtype), values, result * fade[:, None], input_precision="ieee")
+        highest = higher
+
+    if PARTS == 1:
+        tl.store(out_row + at_group, result / total[:, None], mask=in_group)
+    else:
+        if parts == 1:
+            tl.store(out_row + at_group, result / total[:, None], mask=in_group)
+            return
+        group_of = (sequence * NUM_KV + kv_head).to(tl.int64) * PARTS
+        in_members = member < GROUP
+        tl.store(partial + (group_of + part) * (GROUP * SIZE) + at_group, result, mask=in_group)
+        tl.store(peak + (group_of + part) * GROUP + member, highest, mask=in_members)
+        tl.store(weight + (group_of + part) * GROUP + member, total, mask=in_members)
+        tl.debug_barrier()  # all threads' parts are written before the count says so
+        counter = counters + sequence * NUM_KV + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+            tl.store(counter, 0)
+            one = tl.arange(0, PARTS_BLOCK)
+            done = one < parts
+            for index in tl.static_range(GROUP):
+                each = (group_of + one) * GROUP + index
+                peaks = tl.load(peak + each, mask=done, other=float("-inf"), cache_modifier=".cg")
+                weights = tl.load(weight + each, mask=done, other=0.0, cache_modifier=".cg")
+                at_part = partial + each[:, None] * SIZE + channel[None, :]
+                both = done[:, None] & in_head[None, :]
+                results = tl.load(at_part, mask=both, other=0.0, cache_modifier=".cg")
+                fades = tl.exp2(peaks - tl.max(peaks, axis=0))
+                joined = tl.sum(results * fades[:, None], axis=0) / tl.sum(weights * fades, axis=0)
+                tl.store(out_row + index * SIZE + channel, joined, mask=in_head)

@@ -1,0 +1,239 @@
+"""The seam `Ops`: CudaOps computes what ReferenceOps defines.
+
+With a CUDA device the kernels run there, in every dtype. Without one they run as Python on the CPU where Triton is
+installed, in float32 and float16, on small shapes. The reference is float32 on the same rounded inputs; the bound is
+on |ours - expected| / |expected| (Euclidean norms): one rounding of the result and, in narrow dtypes, of what goes
+into each product. Outputs that kernels write in place are poisoned with NaN before.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ops_data import MIXED, make_rope, make_step
+from torch import Tensor
+
+from disagg.model.ops import LayerWeights, ReferenceOps, Rope, Step, compose_decoder
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from disagg.model.ops_cuda import CudaOps  # noqa: E402 - Triton reads the variable when kernels are defined
+from disagg.model.ops_cuda_linear import Extras, small_product  # noqa: E402
+
+# Triton 3.6's interpreter relies on something numpy deprecated, and removed in 2.4
+pytestmark = [pytest.mark.gpu] if ON_GPU else [pytest.mark.filterwarnings("ignore:Conversion of an array")]
+if not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
+REFERENCE = ReferenceOps()
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+STACK = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = list(BOUNDS) if ON_GPU else [torch.float32, torch.float16]
+HEADS = [(8, 2, 128), (9, 3, 64), (4, 4, 32), (14, 2, 80)] if ON_GPU else [(6, 2, 32), (3, 1, 24)]
+DECODES = [(1, n) for n in (1, 2, 63, 64, 65, 130, 200)]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def assert_close(ours: Tensor, expected: Tensor, bound: float) -> None:
+    assert ours.shape == expected.shape
+    error = (ours.float() - expected).norm() / expected.norm()
+    assert error <= bound, f"error {error:.2e}, bound {bound:.0e}"  # NaN fails too
+
+
+def on_device(step: Step, **host: Any) -> Step:
+    tensors = {name: value.to(DEVICE) for name, value in vars(step).items() if isinstance(value, Tensor)}
+    return replace(step, **tensors, **host)
+
+
+def rope_on_device(size: int) -> Rope:
+    return Rope(*(table.to(DEVICE) for table in (make_rope(size).cos, make_rope(size).sin)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 50] if ON_GPU else [1, 7, 20])
+def test_small_product_with_every_extra(rows: int, dtype: torch.dtype) -> None:
+    """Norm, bias, residual and gate, each alone and all together, for sizes that fill no tile and for those that do."""
+    for outputs, inputs in ((33, 48), (1000, 1536), (512, 4096)) if ON_GPU else ((33, 48), (64, 128)):
+        x, residual = draw(rows, inputs, dtype=dtype, scale=3), draw(rows, outputs, dtype=dtype)
+        norm = draw(inputs, dtype=dtype)
+        for gated in (False, True):
+            shape = (2 * outputs if gated else outputs, inputs)
+            weight, bias = draw(*shape, dtype=dtype, scale=inputs**-0.5), draw(shape[0], dtype=dtype)
+            for chosen in ({}, {"norm"}, {"bias"}, {"residual"}, {"norm", "bias", "residual"}):
+                extras = Extras(
+                    norm if "norm" in chosen else None, 1e-6, bias if "bias" in chosen else None,
+                    residual if "residual" in chosen else None, gated,
+                )  # fmt: skip
+                expected = _expected_product(x, weight, extras)
+                assert_close(small_product(x, weight, extras), expected, BOUNDS[dtype])
+                assert_close(small_product(x, weight, extras, torch.float32), expected, BOUNDS[dtype])
+
+
+def _expected_product(x: Tensor, weight: Tensor, extras: Extras) -> Tensor:
+    value = x.float()
+    if extras.norm is not None:
+        value, _ = REFERENCE.add_rms_norm(value, None, extras.norm.float(), extras.eps)
+    value = REFERENCE.linear(weight.float(), None if extras.bias is None else extras.bias.float())(value)
+    value = REFERENCE.silu_mul(value) if extras.gated else value
+    return value if extras.residual is None else value + extras.residual.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 70])
+@pytest.mark.parametrize("width", [576, 20])
+def test_norm_and_silu(rows: int, width: int, dtype: torch.dtype) -> None:
+    """add_rms_norm returns the norm of the sum and the sum itself; silu_mul is silu of one half times the other."""
+    ops, x, weight = CudaOps(dtype), draw(rows, 2 * width, dtype=dtype, scale=8), draw(2 * width, dtype=dtype)
+    for residual in (None, draw(rows, 2 * width, dtype=dtype)):
+        ours = ops.add_rms_norm(x, residual, weight, 1e-5)
+        wide = None if residual is None else residual.float()
+        expected = REFERENCE.add_rms_norm(x.float(), wide, weight.float(), 1e-5)
+        for mine, right in zip(ours, expected, strict=True):
+            assert_close(mine, right, BOUNDS[dtype])
+    assert_close(ops.silu_mul(x), REFERENCE.silu_mul(x.float()), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("rotary", "norms"), [(True, True), (False, False), (True, False)])
+def test_rotate_and_store(heads: tuple[int, int, int], rotary: bool, norms: bool, dtype: torch.dtype) -> None:
+    """q comes back normed and rotated, k and v are in their slots, and no other number of the pages changed."""
+    num_heads, num_kv, size = heads
+    step, num_pages = make_step(MIXED, 16)
+    step.slots[3] = -1  # written nowhere
+    step = on_device(step)
+    qkv = draw(len(step.tokens), (num_heads + 2 * num_kv) * size, dtype=dtype)
+    rope = rope_on_device(size) if rotary else None
+    weights = [draw(size, dtype=dtype) for _ in range(2)] if norms else [None, None]
+    pages = draw(num_pages, 2, 2, num_kv, 16, size, dtype=dtype)
+    written = pages.clone()
+    q = CudaOps(dtype).rotate_and_store(qkv, step, 1, written, rope, *weights, 1e-6)
+    expected = pages.to(torch.float32, copy=True)
+    kept = step.slots >= 0
+    known = replace(step, slots=step.slots[kept], positions=step.positions[kept])
+    wide = [None if weight is None else weight.float() for weight in weights]
+    REFERENCE.rotate_and_store(qkv[kept].float(), known, 1, expected, rope, *wide, 1e-6)
+    spare = torch.zeros(1, 2, 2, num_kv, len(step.tokens), size, device=DEVICE)
+    anywhere = replace(step, slots=torch.arange(len(step.tokens), device=DEVICE))
+    assert_close(q, REFERENCE.rotate_and_store(qkv.float(), anywhere, 1, spare, rope, *wide, 1e-6), BOUNDS[dtype])
+    assert_close(written, expected, BOUNDS[dtype])
+    same = expected == pages.float()
+    assert torch.equal(written[same], pages[same])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("page_size", [16, 20])
+@pytest.mark.parametrize("sequences", [MIXED, DECODES, [(150, 150)]], ids=["mixed", "decodes", "prompt"])
+def test_attend(
+    heads: tuple[int, int, int], page_size: int, sequences: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    """Causal attention over shuffled pages, for decodes, chunks and both, whatever the host says of the step."""
+    num_heads, num_kv, size = heads
+    step, num_pages = make_step(sequences, page_size)
+    step = on_device(step)
+    pages = draw(num_pages, 2, 2, num_kv, page_size, size, dtype=dtype)
+    q = draw(len(step.tokens), num_heads, size, dtype=dtype)
+    expected = REFERENCE.attend(q.float(), 1, pages.float(), step, size**-0.5)
+    known = [replace(step, max_query_len=1, max_context_len=4096)] if sequences is DECODES else []
+    for said in (step, replace(step, num_decodes=1 if sequences[0][0] == 1 else 0), *known):
+        assert_close(CudaOps(dtype).attend(q, 1, pages, said, size**-0.5), expected, BOUNDS[dtype])
+
+
+def test_attention_finds_each_tile_of_hundreds_of_sequences() -> None:
+    """More sequences than a program looks at together, some without rows."""
+    sequences = [(1 + index % 3, 3 + index % 5) for index in range(300 if ON_GPU else 258)]
+    step, num_pages = make_step(sequences, 16)
+    step = on_device(step)
+    pages, q = draw(num_pages, 1, 2, 1, 16, 16, dtype=torch.float32), draw(len(step.tokens), 1, 16, dtype=torch.float32)
+    expected = REFERENCE.attend(q, 0, pages, step, 0.25)
+    assert_close(CudaOps(torch.float32).attend(q, 0, pages, step, 0.25), expected, BOUNDS[torch.float32])
+
+
+def make_layer(hidden: int, heads: tuple[int, int, int], width: int, extras: bool, dtype: torch.dtype) -> LayerWeights:
+    num_heads, num_kv, size = heads
+
+    def weight(*shape: int) -> Tensor:
+        return draw(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
+
+    def norm(length: int) -> Tensor:
+        return (torch.rand(length, device=DEVICE) + 0.5).to(dtype)
+
+    qkv = (num_heads + 2 * num_kv) * size
+    layer = LayerWeights(
+        norm(hidden), weight(qkv, hidden), weight(hidden, num_heads * size),
+        norm(hidden), weight(2 * width, hidden), weight(hidden, width),
+    )  # fmt: skip
+    if not extras:
+        return layer
+    return replace(
+        layer, qkv_bias=weight(qkv), q_norm=norm(size), k_norm=norm(size), out_bias=weight(hidden),
+        gate_up_bias=weight(2 * width), down_bias=weight(hidden),
+    )  # fmt: skip
+
+
+def widened(layer: LayerWeights) -> LayerWeights:
+    return LayerWeights(**{name: None if value is None else value.float() for name, value in vars(layer).items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [True, False], ids=["all extras", "llama"])
+@pytest.mark.parametrize("sequences", [MIXED, DECODES, [(1, 40)]], ids=["mixed", "decodes", "one"])
+def test_decoder_is_what_compose_decoder_defines(
+    sequences: list[tuple[int, int]], extras: bool, dtype: torch.dtype
+) -> None:
+    """Three layers, by one call and by single operations, equal the reference; so do the pages."""
+    heads, hidden, width = ((8, 2, 64), 512, 768) if ON_GPU else ((4, 2, 32), 96, 160)
+    layers, rope = [make_layer(hidden, heads, width, extras, dtype) for _ in range(3)], rope_on_device(heads[2])
+    step, num_pages = make_step(sequences, 16)
+    host = {} if sequences is MIXED else {"max_query_len": 1, "max_context_len": 4096}
+    step = on_device(step, **host)
+    x, pages = draw(len(step.tokens), hidden, dtype=dtype), draw(num_pages, 3, 2, heads[1], 16, heads[2], dtype=dtype)
+    pages_expected = pages.to(torch.float32, copy=True)
+    expected = REFERENCE.decoder([widened(layer) for layer in layers], rope, 1e-5)(x.float(), step, pages_expected)
+    ops = CudaOps(dtype)
+    for decoder in (ops.decoder(layers, rope, 1e-5), compose_decoder(ops, layers, rope, 1e-5)):
+        written, before = pages.clone(), x.clone()
+        assert_close(decoder(x, step, written), expected, STACK[dtype])
+        assert_close(written, pages_expected, STACK[dtype])
+        assert torch.equal(x, before)
+
+
+def test_rows_of_padding_write_nothing_and_disturb_nobody() -> None:
+    """A batch padded with rows of context 0 and slot -1: the others' results and all pages are the same bits."""
+    dtype = torch.float16
+    layers, rope = [make_layer(96, (4, 2, 32), 160, True, dtype) for _ in range(2)], rope_on_device(32)
+    step, num_pages = make_step([(1, n) for n in (5, 70, 33, 1, 9)], 16)
+    step = on_device(step, max_query_len=1, max_context_len=256)
+    x, pages = draw(8, 96, dtype=dtype), draw(num_pages, 2, 2, 2, 16, 32, dtype=dtype)
+
+    def padded(tensor: Tensor, value: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((3, *tensor.shape[1:]), value)])
+
+    wider = replace(
+        step, tokens=padded(step.tokens, 0), positions=padded(step.positions, 0), slots=padded(step.slots, -1),
+        context_len=padded(step.context_len, 0), page_table=padded(step.page_table, 0),
+        query_start=torch.arange(9, dtype=torch.int32, device=DEVICE),
+    )  # fmt: skip
+    decoder = CudaOps(dtype).decoder(layers, rope, 1e-5)
+    written, alone = pages.clone(), pages.clone()
+    ours = decoder(x, wider, written)
+    assert torch.equal(ours[:5], decoder(x[:5], step, alone))
+    assert torch.isfinite(ours).all()
+    assert torch.equal(written, alone)
