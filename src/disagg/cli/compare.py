@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from disagg.clock import WallClock
-from disagg.config import SLO, EngineSpec
+from disagg.config import DTYPES, SLO, Budget, EngineSpec
 from disagg.errors import InputError
 from disagg.measure import run as runs
 from disagg.measure.compare import compare as measure
@@ -26,7 +26,9 @@ from disagg.workload.lengths import Lengths
 from disagg.workload.workload import Shape
 
 GIB = 1 << 30
-_ENGINE, _SETTINGS, _SHAPE = EngineSpec(), runs.Settings(), Shape()
+_ENGINE, _ON_GPUS = EngineSpec.on("cpu"), EngineSpec.on("cuda")
+_SETTINGS, _SHAPE = runs.Settings(), Shape()
+_BETWEEN_ARMS = r",(?!\s*\d+\s*(?:,|$))"  # not the comma of 2C@cuda:0,1
 QUICK: dict[str, Any] = {"repeats": 3, "loads": (0.6, 0.9), "tune": False, "time_budget_s": 44.0}
 
 _Command = Callable[..., None]
@@ -43,9 +45,9 @@ def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _
     return apply
 
 
-def _gibibytes(_context: click.Context, _option: click.Parameter, value: float) -> float:
+def _gibibytes(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
     """A size that memory can have. Raises InputError."""
-    if not 0 < value < math.inf:
+    if value is not None and not 0 < value < math.inf:
         raise InputError(f"--kv-memory {value:g} is no size: give GiB above 0, as in 0.5.")
     return value
 
@@ -55,27 +57,24 @@ engine_options = _options(
     click.option("--random-weights", is_flag=True, help="Draw the weights instead of reading them."),
     click.option(
         "--dtype",
-        type=click.Choice(["float32", "float16"]),
-        default=_ENGINE.dtype,
-        show_default=True,
-        help="Of the weights; the KV cache is float32.",
+        type=click.Choice(DTYPES),
+        help=f"Of the weights. Default: {_ENGINE.dtype} on cores, where the KV cache is float32 always; "
+        f"{_ON_GPUS.dtype} on GPUs.",
     ),
     click.option("--max-len", type=int, help="Context limit in tokens (default: the model's own)."),
     click.option("--page-size", type=int, default=_ENGINE.page_size, show_default=True, help="Tokens in a KV page."),
     click.option(
         "--kv-memory",
         type=float,
-        default=_ENGINE.kv_bytes / GIB,
         callback=_gibibytes,
-        show_default=True,
-        help="KV cache of an arm in GiB, split over its workers.",
+        help=f"KV cache of an arm in GiB, split over its workers. Default: {_ENGINE.kv_bytes / GIB:g}; on GPUs all "
+        "they have left.",
     ),
     click.option(
         "--max-batch-tokens",
         type=int,
-        default=_ENGINE.max_batch_tokens,
-        show_default=True,
-        help="Tokens a step may compute: the chunk size. The colocated arm's is searched from here down.",
+        help="Tokens a step may compute: the chunk size. The colocated arm's is searched from here down. "
+        f"Default: {_ENGINE.max_batch_tokens}, on GPUs {_ON_GPUS.max_batch_tokens}.",
     ),
 )
 
@@ -107,12 +106,13 @@ Examples:
   disagg compare --prompt-len 512 --output-len 64 --slo ttft=500ms,tpot=50ms
   disagg compare --model smollm2 --trace AzureLLMInferenceTrace_conv.csv --length-scale 0.1
   disagg compare --rate 4 --rate 8 --json > summary.json
+  disagg compare --model ./Qwen3-8B --random-weights --budget cuda:0,1
 """
 )
 @click.option(
     "--arms", default=",".join(_SETTINGS.arms), show_default=True, help="2C: two colocated; 3P1D: 3 + 1 apart."
 )
-@click.option("--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N.")
+@click.option("--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N, cuda:0,1.")
 @click.option(
     "--repeats", type=int, help=f"Paired repeats (default: {_SETTINGS.repeats}; {QUICK['repeats']} if quick)."
 )
@@ -135,14 +135,15 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
     """
     from disagg.cluster.cluster import Cluster  # pulls in torch: not for --help
 
-    settings = _settings(options)
     cores = tuple(sorted(os.sched_getaffinity(0)))
+    budget = Budget.parse(options["budget"], cores)
+    settings = _settings(options, budget)
     arms = runs.make_arms(settings, cores)
     run = runs.Run(
         command=shlex.join(["disagg", *sys.argv[1:]]),
         settings=settings,
         arms=arms,
-        environment=runs.environment(),
+        environment=runs.environment(budget),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     console = Console(stderr=True)
@@ -160,15 +161,19 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
         show(summary, folder, Console(), settings.lang)
 
 
-def _settings(options: dict[str, Any]) -> runs.Settings:
+def _settings(options: dict[str, Any], budget: Budget) -> runs.Settings:
     """The options as Settings; what was not given keeps the default, or the quick one."""
-    engine = EngineSpec(
+    arms = tuple(filter(None, (arm.strip() for arm in re.split(_BETWEEN_ARMS, options["arms"]))))
+    kv_memory, on_gpus = options["kv_memory"], budget.kind == "cuda"
+    engine = EngineSpec.on(
+        budget.kind,
         model=options["model"],
         random_weights=options["random_weights"],
         dtype=options["dtype"],
         max_len=options["max_len"],
         page_size=options["page_size"],
-        kv_bytes=round(options["kv_memory"] * GIB),
+        kv_bytes=None if kv_memory is None else round(kv_memory * GIB),
+        gpu_memory=_ON_GPUS.gpu_memory / len(arms) if on_gpus and arms else None,  # all arms stay loaded
         max_batch_tokens=options["max_batch_tokens"],
     )
     chosen: dict[str, Any] = dict(QUICK) if options["quick"] else {}
@@ -178,7 +183,7 @@ def _settings(options: dict[str, Any]) -> runs.Settings:
         chosen["tune"] = False
     return runs.Settings(
         engine=engine,
-        arms=tuple(filter(None, (arm.strip() for arm in options["arms"].split(",")))),
+        arms=arms,
         budget=options["budget"],
         shape=Shape(Lengths.parse(options["prompt_len"]), Lengths.parse(options["output_len"])),
         arrivals=options["arrivals"],
@@ -201,7 +206,7 @@ def _headline(run: runs.Run) -> str:
     engine = run.settings.engine
     placed = []
     for arm in run.arms:
-        homes = (f"{worker.name} on core {'+'.join(map(str, worker.devices))}" for worker in arm.deployment.workers)
+        homes = (f"{worker.name} on {worker.place}" for worker in arm.deployment.workers)
         placed.append(f"{arm.name} ({', '.join(homes)})")
     return f"{engine.model}, {engine.dtype}, seed {run.settings.seed}: {' against '.join(placed)}"
 

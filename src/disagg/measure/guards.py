@@ -17,6 +17,7 @@ from disagg.record import Record
 LATE_LIMIT_S = 0.025  # p99 of sent - scheduled
 Values = Mapping[str, float | int | str]
 UNSPLIT_LIMIT = 0.05  # of the requests of a disaggregated arm, without a hand-off
+ROUNDING_LIMIT = 0.5  # of the requests that ran alone on GPUs, with other tokens than in the first arm
 DRIFT_LIMIT = 0.25  # change of the median of the same requests between the first and the last sequential repeat
 
 
@@ -160,10 +161,17 @@ def mismatches(records: Sequence[Record], base: str) -> dict[str, tuple[int, int
 
 
 def _tokens(records: Sequence[Record], run: Run) -> list[Broken]:
-    """Arms that did not give the first arm's tokens."""
-    base = run.arms[0].name
+    """Arms that did not give the first arm's tokens.
+
+    On GPUs the last bits of a sum depend on what else is in the step, and a near tie of two tokens falls either way. So
+    there only requests that ran alone are compared, and up to ROUNDING_LIMIT of them may differ: wrong pages make
+    nonsense of nearly all.
+    """
+    base, allowed = run.arms[0].name, 0.0
+    if run.arms[0].deployment.budget.kind == "cuda":
+        records, allowed = [record for record in records if record.phase == "sequential"], ROUNDING_LIMIT
     return [
         Broken("tokens", {"num": wrong, "of": of, "arm": arm, "base": base})
         for arm, (wrong, of) in mismatches(records, base).items()
-        if wrong
+        if wrong > allowed * of
     ]

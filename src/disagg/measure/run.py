@@ -17,7 +17,7 @@ from disagg.errors import BudgetError, InputError
 from disagg.workload.workload import Note, Shape
 
 RECORDS, WORKLOADS, RUN, SUMMARY = "records.jsonl", "workload.jsonl", "run.json", "summary.json"
-PACKAGES = ("disagg", "torch", "numba", "numpy", "scipy", "transformers", "gguf", "pyzmq", "msgspec")
+PACKAGES = ("disagg", "torch", "triton", "numba", "numpy", "scipy", "transformers", "gguf", "pyzmq", "msgspec")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,10 +147,10 @@ def read_run(folder: Path) -> Run:
         ) from error
 
 
-def environment() -> dict[str, str | int | float | dict[str, str]]:
-    """The machine and the versions that a result depends on."""
+def environment(budget: Budget | None = None) -> dict[str, str | int | float | dict[str, str]]:
+    """The machine and the versions that a result depends on; with a budget of GPUs their names too."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    return {
+    found: dict[str, str | int | float | dict[str, str]] = {
         "cpu": cpu_name(),
         "cores": len(cores),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -158,6 +158,11 @@ def environment() -> dict[str, str | int | float | dict[str, str]]:
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
+    if budget is not None and budget.kind == "cuda":
+        from disagg.transfer.cuda_driver import driver
+
+        found["gpus"] = {str(device): driver().name(device) for device in budget.devices}
+    return found
 
 
 def _version(package: str) -> str:
