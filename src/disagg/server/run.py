@@ -26,6 +26,7 @@ from disagg.server.guards import Keys, log
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
+from disagg.server.telemetry import traces
 
 _UNREAD_S = 30  # a client that takes no data for so long is cut off by the kernel
 _TICK_S = 0.05
@@ -89,11 +90,14 @@ async def _serve(
 
     def on_record(record: Record) -> None:
         metrics.add(record)
+        if tracing is not None:
+            tracing.add(record)
         if records is not None:
             record.tokens = []
             write_records(records, [record])
 
     metrics = Metrics(status)
+    tracing = traces(settings.model)
     front = Front(make, on_record=on_record, on_end=over.set)
     state = State(settings, front, metrics)
     server = _Server(uvicorn.Config(
@@ -123,6 +127,8 @@ async def _serve(
         server.should_exit = True
         await serving
         state.close()
+        if tracing is not None:
+            tracing.close()
     if front.failure is not None:
         raise front.failure
     return signals[-1:] == [signal.SIGTERM]
