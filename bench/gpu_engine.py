@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from disagg.cache.pages import PagePool
 from disagg.cache.storage import KVStorage
 from disagg.clock import WallClock
 from disagg.engine.batch import Batch, Output
+from disagg.engine.draw import Choice
 from disagg.engine.engine import Engine
 from disagg.engine.runner_cuda import CudaRunner
 from disagg.engine.scheduler import Scheduler
@@ -133,10 +135,10 @@ class Bench:
         self.prompts = [self.prompt(self.draw.randint(least, most)) for _ in range(count)]
         self.outputs = [self.draw.randint(least, most) for _ in range(count)]
         self.storage = self._storage()
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), reserved(device)
         self.runner = self.make(Timed)
         self.runner.warm_up()
-        self.warm_up_s = time.perf_counter() - begin
+        self.warm_up_s, self.warm_up_bytes = time.perf_counter() - begin, reserved(device) - before
 
     def prompt(self, length: int) -> list[int]:
         """Random tokens."""
@@ -229,6 +231,20 @@ class Bench:
         number, length = shape.many
         seconds = self.best(lambda: [self.prompt(length) for _ in range(number)], 1, 2)
         found[f"prefill {number}x{length}, tok/s"] = number * length / seconds
+        return found | self.draws()
+
+    def draws(self) -> dict[str, float]:
+        """Drawing alone, from random logits: at temperature 0.6, and with top-k and top-p, too."""
+        runner, vocabulary, found = self.runner, self.loaded.spec.vocab_size, {}
+        for batch in self.shape.batches:
+            logits = torch.randn(batch, vocabulary, device=self.device) * 3
+            tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            column = torch.ones(batch, device=self.device)
+            number = torch.rand(batch, dtype=torch.float64, device=self.device)
+            for name, filtered in (("draw", False), ("draw filtered", True)):
+                choice = Choice(column * 0.6, number, column.int() * 50, column.double() * 0.95, column * 0, filtered)
+                run = partial(runner._draw, logits, choice, tokens)
+                found[f"{name} {batch}, ms"] = milliseconds(run, self.device)
         return found
 
     def reset(self) -> None:
@@ -254,6 +270,24 @@ class Bench:
                 self.run(prompts, [tokens] * batch)
             print(f"\nprofile: batch {batch}, prompts of {length}, {tokens} tokens")
             print(seen.key_averages().table(sort_by=order, row_limit=18, max_name_column_width=60))
+
+
+def reserved(device: str) -> int:
+    """Bytes of device memory that torch holds."""
+    return torch.cuda.memory_reserved() if device == "cuda" else 0
+
+
+def milliseconds(run: Callable[[], Any], device: str, repeats: int = 50) -> float:
+    """Of one of many runs, after some to warm up."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(3):
+        run()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    wait()
+    return (time.perf_counter() - begin) / repeats * 1e3
 
 
 def load(model: str, device: str) -> Loaded:
@@ -318,7 +352,8 @@ def main() -> None:
     bench = Bench(arguments.model, shape, device, arguments)
     graphs = sorted(bench.runner._graphs._captured)
     print(f"{arguments.model}: loaded in {bench.load_s:.1f} s, warm in {bench.warm_up_s:.1f} s, "
-          f"{len(graphs)} graphs, {bench.storage.num_pages} pages", flush=True)  # fmt: skip
+          f"{len(graphs)} graphs, {bench.warm_up_bytes / 2**30:.1f} GiB for activations and graphs, "
+          f"{bench.storage.num_pages} pages", flush=True)  # fmt: skip
     faults = bench.check()
     found = {} if arguments.check_only else bench.measure()
     print(table(found, arguments.model, limits(bench.loaded.spec, shape)))
@@ -327,7 +362,8 @@ def main() -> None:
     result = {
         "bench": "gpu_engine", "model": arguments.model, "command": " ".join(sys.argv), "faults": faults,
         "results": found, "limits": limits(bench.loaded.spec, shape), "vllm": VLLM.get(arguments.model, {}),
-        "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "num_pages": bench.storage.num_pages,
+        "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
+        "num_pages": bench.storage.num_pages,
         "max_batch_tokens": arguments.max_batch_tokens, "max_running": arguments.max_running,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "torch": torch.__version__, "output_tokens": sum(bench.outputs),
