@@ -57,22 +57,30 @@ def products(shape: Shape) -> list[Product]:
     ]
 
 
-VECTOR_TILES = [(2, 1024, 4, 3), (4, 512, 4, 3), (4, 1024, 4, 3), (4, 1024, 4, 2), (8, 512, 4, 3), (8, 512, 4, 4),
-                (8, 512, 8, 3), (16, 256, 4, 3), (16, 256, 4, 5), (4, 512, 2, 4), (8, 1024, 8, 2)]  # fmt: skip
+# outputs, inputs, warps, stages and, where a fifth is given, inputs fetched ahead
+VECTOR_TILES = [
+    (2, 1024, 4, 3), (4, 512, 4, 3), (4, 1024, 4, 3), (4, 1024, 4, 2), (8, 512, 4, 3), (8, 512, 4, 4), (8, 512, 8, 3),
+    (16, 256, 4, 3), (16, 256, 4, 5), (4, 512, 2, 4), (8, 1024, 8, 2), (8, 512, 4, 3, 1024), (4, 1024, 4, 3, 1024),
+    (4, 512, 4, 3, 4096), (8, 512, 4, 3, 4096),
+]  # fmt: skip
 MATRIX_TILES = {
-    16: [(16, 256, 2, 3), (16, 256, 2, 4), (16, 512, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4),
-         (32, 256, 2, 3), (64, 128, 4, 4), (64, 256, 4, 3)],
-    32: [(16, 128, 2, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 4),
-         (128, 64, 4, 4)],
+    16: [
+        (16, 256, 2, 3), (16, 256, 2, 4), (16, 512, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4),
+        (32, 256, 2, 3), (64, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 3, 1024), (16, 256, 2, 3, 1024),
+    ],
+    32: [
+        (16, 128, 2, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 4),
+        (128, 64, 4, 4),
+    ],
     64: [(32, 128, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 128, 8, 4), (128, 64, 8, 4)],
 }  # fmt: skip
 
 
-def tiles_of(rows: int, product: Product) -> list[tuple[int, int, int, int]]:
+def tiles_of(rows: int, product: Product) -> list[tuple[int, ...]]:
     """Candidates; a gated product's tile holds two weights."""
     padded = 1 if rows == 1 else max(16, 1 << (rows - 1).bit_length())
     tiles = VECTOR_TILES if padded == 1 else MATRIX_TILES.get(padded, [])
-    return [(max(1, n // 2) if product.gated else n, k, w, s) for n, k, w, s in tiles if product.inputs >= k]
+    return [(max(1, n // 2) if product.gated else n, k, *rest) for n, k, *rest in tiles if product.inputs >= k]
 
 
 def _operands(product: Product, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,14 +89,14 @@ def _operands(product: Product, rows: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return draw(rows, product.inputs), weight, draw(product.inputs), draw(rows, outputs)
 
 
-def compile_tile(job: tuple[Product, int, tuple[int, int, int, int]]) -> None:
+def compile_tile(job: tuple[Product, int, tuple[int, ...]]) -> None:
     """Fill Triton's cache, in a process of its own."""
     product, rows, tile = job
     _call(product, *_operands(product._replace(outputs=256), rows), tile)()
 
 
 def _call(
-    product: Product, x: Tensor, weight: Tensor, norm: Tensor, residual: Tensor, tile: tuple[int, int, int, int] | None
+    product: Product, x: Tensor, weight: Tensor, norm: Tensor, residual: Tensor, tile: tuple[int, ...] | None
 ) -> Callable[[], Tensor]:
     from disagg.model.ops_cuda_linear import Extras, Tile, small_product
 

@@ -237,3 +237,46 @@ def test_rows_of_padding_write_nothing_and_disturb_nobody() -> None:
     assert torch.equal(ours[:5], decoder(x[:5], step, alone))
     assert torch.isfinite(ours).all()
     assert torch.equal(written, alone)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [1, 7, 40])
+def test_captured_step_computes_what_its_tensors_hold_when_it_is_replayed(batch: int) -> None:
+    """Nothing of a step is frozen in a CUDA graph but its shapes: other contexts and pages give the eager result."""
+    dtype, layers_count = torch.bfloat16, 2
+    layers = [make_layer(512, (8, 2, 64), 768, True, dtype) for _ in range(layers_count)]
+    rope, decoder = rope_on_device(64), CudaOps(dtype).decoder(layers, rope, 1e-5)
+    steps = []
+    for _ in range(2):
+        lengths = torch.randint(1, 250, (batch,)).tolist()
+        step, _ = make_step([(1, 255 if index == 0 else n) for index, n in enumerate(lengths)], 16)
+        steps.append(on_device(step, max_query_len=1, max_context_len=256))
+    x, pages = draw(batch, 512, dtype=dtype), draw(16 * batch, layers_count, 2, 2, 16, 64, dtype=dtype)
+    held = replace(steps[0], **{name: v.clone() for name, v in vars(steps[0]).items() if isinstance(v, Tensor)})
+    decoder(x, held, pages.clone())
+    graph, written = torch.cuda.CUDAGraph(), pages.clone()
+    with torch.cuda.graph(graph):
+        out = decoder(x, held, written)
+    for step in (steps[1], steps[0]):
+        for name, value in vars(step).items():
+            if isinstance(value, Tensor):
+                getattr(held, name).copy_(value)
+        written.copy_(pages)
+        out.fill_(float("nan"))
+        graph.replay()
+        alone = pages.clone()
+        assert torch.equal(out, decoder(x, step, alone))
+        assert torch.equal(written, alone)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_the_same_step_gives_the_same_bits() -> None:
+    """No result depends on which program finishes first: fifty runs of a long context in many parts are equal."""
+    dtype = torch.bfloat16
+    step, num_pages = make_step([(1, 200)] * 3, 16)
+    step = on_device(step, max_query_len=1, max_context_len=4096)
+    pages, q = draw(num_pages, 1, 2, 2, 16, 128, dtype=dtype), draw(3, 8, 128, dtype=dtype)
+    ops = CudaOps(dtype)
+    first = ops.attend(q, 0, pages, step, 0.1)
+    for _ in range(50):
+        assert torch.equal(ops.attend(q, 0, pages, step, 0.1), first)

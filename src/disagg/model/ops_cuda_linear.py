@@ -16,6 +16,7 @@ from torch import Tensor
 
 from disagg.model.ops_cuda_jit import INTERPRETED, after_previous, kernel, launch, overlaps
 
+_LINE = tl.constexpr(64)  # numbers of two bytes in a line of the cache
 MAX_ROWS = 64
 """Most rows the kernels are written for."""
 
@@ -27,6 +28,7 @@ class Tile(NamedTuple):
     inputs: int
     warps: int
     stages: int  # loads in flight
+    ahead: int = 0  # inputs whose weights are fetched into the cache while the kernel before still runs
 
 
 class Extras(NamedTuple):
@@ -46,11 +48,12 @@ def small_product(
     rows, depth = x.shape
     num_out = len(weight) // 2 if extras.gated else len(weight)
     out = torch.empty(rows, num_out, dtype=out_dtype or x.dtype, device=x.device)
-    tile = tile or _tile(rows, num_out, depth, extras.gated)
+    tile, early = tile or _tile(rows, num_out, depth, extras.gated), overlaps(x.device)
     flags: dict[str, Any] = {
         "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.stages, "EVEN": depth % tile.inputs == 0,
+        "AHEAD": _ahead(tile.ahead, depth) if early else 0,
         "HAS_NORM": extras.norm is not None, "HAS_BIAS": extras.bias is not None,
-        "HAS_RESIDUAL": extras.residual is not None, "GATED": extras.gated, "early": overlaps(x.device),
+        "HAS_RESIDUAL": extras.residual is not None, "GATED": extras.gated, "early": early,
         "warps": tile.warps,
     }  # fmt: skip
     tensors = (x, weight, extras.norm, extras.bias, extras.residual, out)
@@ -63,18 +66,26 @@ def small_product(
     return out
 
 
+def _ahead(wanted: int, depth: int) -> int:
+    """A power of two that is whole lines."""
+    least = min(wanted, depth)
+    return 0 if least < _LINE.value else 1 << (least.bit_length() - 1)
+
+
 def _tile(rows: int, num_out: int, depth: int, gated: bool) -> Tile:
     if INTERPRETED:
         return Tile(32, 64, 1, 1)
     if rows == 1:
         return Tile(4 if gated else 8, 512, 4, 3)
+    if rows > 16:
+        return Tile(16 if gated else 32, 128, 4, 3)
     return Tile(16 if gated else 32, 256, 4, 3)
 
 
 @kernel
 def _vector_kernel(
     x, weight, norm, bias, residual, out, num_out, depth, eps,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -87,6 +98,10 @@ def _vector_kernel(
     total_up = tl.zeros([OUTPUTS, INPUTS], tl.float32)
     square = tl.zeros([INPUTS], tl.float32)
     up_weight = weight + num_out.to(tl.int64) * depth
+    if AHEAD > 0:
+        _fetch_ahead(weight, output, num_out, depth, AHEAD)
+        if GATED:
+            _fetch_ahead(up_weight, output, num_out, depth, AHEAD)
     after_previous(EARLY)
     for begin in tl.range(0, depth, INPUTS, num_stages=STAGES):
         k = begin + lane
@@ -119,8 +134,8 @@ def _vector_kernel(
 def _matrix_kernel(
     x, weight, norm, bias, residual, out, rows, num_out, depth, eps,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """ROWS x OUTPUTS numbers, on tensor cores. `rows` of the ROWS are real."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -133,6 +148,10 @@ def _matrix_kernel(
     total_up = tl.zeros([ROWS, OUTPUTS], tl.float32)
     square = tl.zeros([ROWS, INPUTS], tl.float32)
     up_weight = weight + num_out.to(tl.int64) * depth
+    if AHEAD > 0:
+        _fetch_ahead(weight, output, num_out, depth, AHEAD)
+        if GATED:
+            _fetch_ahead(up_weight, output, num_out, depth, AHEAD)
     after_previous(EARLY)
     for begin in tl.range(0, depth, INPUTS, num_stages=STAGES):
         k = begin + lane
@@ -168,3 +187,14 @@ def _at(pointers, k, depth, EVEN: tl.constexpr):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=k < depth, other=0.0)
+
+
+@kernel
+def _fetch_ahead(weight, output, num_out, depth, AHEAD: tl.constexpr):
+    """Ask for the first AHEAD weights of each output, into the second-level cache."""
+    line = tl.arange(0, AHEAD // _LINE) * _LINE
+    at = tl.minimum(output, num_out - 1).to(tl.int64)[:, None] * depth + line[None, :]
+    address = (weight + at).to(tl.uint64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
