@@ -6,6 +6,7 @@ import pytest
 
 from disagg.cluster import canary
 from disagg.cluster.ledger import Update
+from disagg.engine.batch import TokenLogprobs
 from disagg.errors import DisaggError
 from disagg.record import Record
 
@@ -13,8 +14,9 @@ from disagg.record import Record
 class FakeCluster:
     """Workers that answer at once; `spoil(prefill, decode)` says which route gives other tokens."""
 
-    def __init__(self, roles, spoil=lambda prefill, decode: False, error=""):
-        self.roles, self.spoil, self.error = roles, spoil, error
+    def __init__(self, roles, spoil=lambda prefill, decode: False, error="", kind="cpu", second=-9.0):
+        self.roles, self.spoil, self.error, self.second = roles, spoil, error, second
+        self.deployment = SimpleNamespace(budget=SimpleNamespace(kind=kind))
         self.info = SimpleNamespace(spec=SimpleNamespace(vocab_size=1000))
         self.engine = SimpleNamespace(max_len=256, page_size=16)
         self.num_pages = 10
@@ -29,7 +31,8 @@ class FakeCluster:
         if self.spoil(*route):
             tokens[5] = -1
         one = Record(request_id=str(len(self.asked)), index=0, prompt_len=len(prompt), tokens=tokens, error=self.error)
-        self.waiting.append(Update(one.request_id, tokens, [], one))
+        logprobs = [None if params.logprobs is None else TokenLogprobs(-1.0, [(prompt[0], -1.0), (-1, self.second)])]
+        self.waiting.append(Update(one.request_id, tokens, logprobs * len(tokens), one))
         return one.request_id
 
     def poll(self, timeout_s):
@@ -63,3 +66,13 @@ def test_workers_that_hand_nothing_over_are_compared_with_one_another():
     """2C: each alone, and the same tokens from both."""
     cluster = FakeCluster({"C0": "both", "C1": "both"}, lambda prefill, _: prefill == "C1")
     assert [one.agrees for one in canary.run(cluster)] == [True, False]
+
+
+@pytest.mark.parametrize(("kind", "second", "agrees"), [
+    ("cuda", -1.1, True), ("cuda", -2.0, False), ("cuda", -9.0, False), ("cpu", -1.1, False),
+])  # fmt: skip
+def test_only_a_near_tie_is_forgiven_and_only_on_gpus(kind, second, agrees):
+    """Rounding turns a near tie around; anything further apart is wrong pages, and on cores every difference is."""
+    roles = {"P0": "prefill", "D0": "decode"}
+    (sung,) = canary.run(FakeCluster(roles, lambda _, decode: decode == "D0", kind=kind, second=second))
+    assert sung.agrees is agrees
