@@ -245,7 +245,7 @@ def test_captured_step_computes_what_its_tensors_hold_when_it_is_replayed(batch:
     """Nothing of a step is frozen in a CUDA graph but its shapes: other contexts and pages give the eager result."""
     dtype, layers_count = torch.bfloat16, 2
     layers = [make_layer(512, (8, 2, 64), 768, True, dtype) for _ in range(layers_count)]
-    rope, decoder = rope_on_device(64), CudaOps(dtype).decoder(layers, rope, 1e-5)
+    decoder = CudaOps(dtype).decoder(layers, rope_on_device(64), 1e-5)
     steps = []
     for _ in range(2):
         lengths = torch.randint(1, 250, (batch,)).tolist()

@@ -126,6 +126,8 @@ def load_model(
         return _loaded(name, spec, seed_model.Seed(spec, drawn, ops), dtype, place, f"seed {seed}")
     spec, found = _open(source, random_weights, seed, max_len, place)
     model = Decoder(spec, found, ops or _ops(spec, device, dtype))
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # the parts of joined matrices: the cache's pool is sized by what is free
     return _loaded(name, spec, model, dtype, place, found.fingerprint())
 
 
