@@ -30,21 +30,21 @@ class Keys:
     """API keys. They are kept as digests, and a comparison takes as long for a wrong key as for a right one."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def allow(self, authorization: str) -> bool:
+    def allow(self, authorization: bytes) -> bool:
         """Whether an Authorization header carries one of the keys."""
-        scheme, _, key = authorization.partition(" ")
+        scheme, _, key = authorization.partition(b" ")
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever matches
-        return any(matches) and scheme.lower() == "bearer"
+        return any(matches) and scheme.lower() == b"bearer"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 class Guard:
@@ -89,7 +89,8 @@ class Guard:
         if self._hosts and (name := _host(headers.get("host", ""))) not in self._hosts:
             raise Problem(421, f"This server does not answer to the name {name[:100]!r}: start it with --host.")
         is_open = any(path == one or (one != "/" and one.endswith("/") and path.startswith(one)) for one in _OPEN)
-        if self._keys and not is_open and not self._keys.allow(headers.get("authorization", "")):
+        authorization = headers.get("authorization", "").encode("latin-1")  # the bytes as they were sent
+        if self._keys and not is_open and not self._keys.allow(authorization):
             message = "Give an API key of this server: Authorization: Bearer KEY."
             raise Problem(401, message, code="invalid_api_key")
         if (

@@ -1,0 +1,153 @@
+"""What a server refuses, and how it stops: a real process with small limits and a key."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+from leftovers import nothing_left
+from serving import events, serving, settled
+
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two servers side by side need two cores")
+
+SECRET, OTHER = "sk-first-of-two", "sk-ünïcode-key"
+KEY = {"Authorization": f"Bearer {SECRET}"}
+LONG = {"prompt": [1, 2, 3], "max_tokens": 200, "ignore_eos": True, "stream": True}
+ENDLESS = {**LONG, "max_tokens": 8000}
+SHORT = {"prompt": [1], "max_tokens": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind(tmp_path_factory):
+    """All servers of this file leave no process, folder or shared memory."""
+    tmp_path_factory.getbasetemp()  # pytest's own folder, made before another place for such is set
+    with nothing_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(nothing_left_behind, tmp_path_factory):
+    """One colocated worker, keys from a file and the environment, room for two requests and four choices."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "keys").write_text(f"{SECRET}\n\n")
+    options = ("--model", "seed", "--served-model-name", "mine", "--deploy", "1C", "--budget", "cpu:1",
+               "--api-key", f"file:{folder / 'keys'}", "--api-key", "env:DISAGG_KEY", "--host", "0.0.0.0",
+               "--max-requests", "2", "--max-queue", "4", "--max-choices", "8", "--max-prompt-len", "100",
+               "--max-body", "0.01")  # fmt: skip
+    with serving(folder, *options, DISAGG_KEY=OTHER) as running:
+        running.url = running.url.replace("0.0.0.0", "127.0.0.1")
+        yield running
+        assert running.process.poll() is not None, "the last test stops it"
+
+
+@pytest.fixture(scope="module")
+def hasty(nothing_left_behind, tmp_path_factory):
+    """A server that gives nobody much time."""
+    options = ("--model", "seed", "--deploy", "1C", "--budget", "cpu:1", "--deadline", "1.5", "--drain", "0.1")
+    with serving(tmp_path_factory.mktemp("hasty"), *options) as running:
+        yield running
+        assert running.process.poll() is not None, "the last test stops it"
+
+
+def post(server, body, headers=KEY):
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
+
+
+def test_a_key_is_asked_for(server):
+    """Without a right key everything is a 401 but what holds nothing; both keys work; none is ever logged."""
+    wrong = ({}, {"Authorization": "Bearer sk-wrong"}, {"Authorization": SECRET}, {"Authorization": f"Basic {SECRET}"})
+    for headers in wrong:
+        for path in ("/v1/models", "/metrics", "/audit", "/live", "/openapi.json", "/version", "/no/such/path"):
+            answer = httpx.get(f"{server.url}{path}", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert post(server, SHORT, headers=headers).status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    for key in (SECRET, OTHER):
+        headers = [(b"Authorization", b"bearer " + key.encode())]
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).json()["data"][0]["id"] == "mine"
+    log = server.log.read_text()
+    assert log
+    assert SECRET not in log
+    assert OTHER not in log
+    assert "sk-wrong" not in log
+
+
+def test_limits_of_a_request(server):
+    """Body, prompt length and choices: each has its own status and sentence."""
+    assert post(server, {"prompt": [10] * 11_000}).status_code == 413
+    answer = post(server, {"prompt": [1] * 101})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert post(server, {**SHORT, "n": 9}).json()["error"]["param"] == "n"
+
+
+def test_too_much_at_once_is_a_429_with_retry_after(server):
+    """More choices than the queue holds, or more requests than allowed: refused whole, and what runs goes on."""
+    answer = post(server, {**SHORT, "n": 5})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert int(answer.headers["Retry-After"]) >= 1
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, headers=KEY) as first:
+        lines = first.iter_lines()
+        next(lines)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, headers=KEY) as second:
+            begun = second.iter_lines()
+            next(begun)
+            answer = post(server, SHORT)
+            assert answer.status_code == 429
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert len(list(events(lines))) > 190
+    settled(lambda: all(worker["held"] == 0 for worker in server.audit(**KEY)))
+
+
+def test_a_deadline_ends_a_request(hasty):
+    """What is not done in time is a 504, or an error as the last event of a stream, and its pages are free."""
+    answer = post(hasty, {**ENDLESS, "stream": False}, headers={})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+    with httpx.stream("POST", f"{hasty.url}/v1/completions", json=ENDLESS) as streamed:
+        assert streamed.status_code == 200
+        last = [json.loads(line.removeprefix("data: ")) for line in streamed.iter_lines() if line][-1]
+    assert last["error"]["code"] == "deadline"
+    settled(lambda: all(worker["held"] == 0 for worker in hasty.audit()))
+
+
+def test_beyond_this_machine_a_key_is_required():
+    """Listening elsewhere without one is refused before anything starts, and a key itself is no option's value."""
+    for options, words in (
+        (("--host", "0.0.0.0"), b"--api-key"),
+        (("--api-key", SECRET), b"file:PATH"),
+        (("--api-key", "env:NOT_SET_ANYWHERE"), b"holds no key"),
+        (("--api-key", "file:/no/such/file"), b"cannot be read"),
+        (("--host", "203.0.113.1", "--no-api-key"), b"Cannot listen"),
+    ):
+        code = "from disagg.cli.main import main; main()"
+        done = subprocess.run([sys.executable, "-c", code, "serve", "--model", "seed", *options], capture_output=True)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert SECRET.encode() not in done.stderr
+
+
+def test_sigterm_lets_requests_finish(server):
+    """A stream that has begun goes on to its end, new work is a 503, /health says so, and the exit code is 0."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, headers=KEY) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        settled(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        refused = post(server, SHORT)
+        assert refused.status_code == 503
+        assert "Retry-After" in refused.headers
+        assert [*events(lines)][-1]["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(10) == 0
+
+
+def test_a_drain_is_bounded(hasty):
+    """What does not finish in time is ended with an error its client can read, and the exit code is still 0."""
+    with httpx.stream("POST", f"{hasty.url}/v1/completions", json=ENDLESS) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        hasty.process.send_signal(signal.SIGTERM)
+        last = [json.loads(line.removeprefix("data: ")) for line in lines if line][-1]
+    assert last["error"]["code"] == "unavailable"
+    assert hasty.process.wait(10) == 0
