@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from disagg.cluster.cluster import Cluster, Update
+from disagg.cluster.policies import DEFAULT
 from disagg.config import Budget, Deployment, EngineSpec
 from disagg.engine.batch import TokenLogprobs
 from disagg.errors import DisaggError, InputError, RequestError
@@ -51,15 +52,18 @@ class Delta(NamedTuple):
 class LLM:
     """A running deployment. Leaving the `with` block (or `close`) leaves no process, socket or memory behind.
 
-    model, deploy, budget: as on the command line. Further keywords are the fields of EngineSpec (dtype, page_size,
-    kv_bytes, max_batch_tokens, prefix_caching, ...). Raises InputError with the nearest name for an unknown one.
+    model, deploy, budget, policy: as on the command line. Further keywords are the fields of EngineSpec (dtype,
+    page_size, kv_bytes, max_batch_tokens, prefix_caching, ...). Raises InputError with the nearest name for an unknown
+    one.
     """
 
-    def __init__(self, model: str, deploy: str = "1C", budget: str | None = None, **engine: Any) -> None:
+    def __init__(
+        self, model: str, deploy: str = "1C", budget: str | None = None, policy: str = DEFAULT, **engine: Any
+    ) -> None:
         _refuse_unknown(engine)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         placed = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
-        self.cluster = Cluster(placed, EngineSpec.on(placed.budget.kind, model=model, **engine))
+        self.cluster = Cluster(placed, EngineSpec.on(placed.budget.kind, model=model, **engine), policy=policy)
         self.tokenizer = self.cluster.info.tokenizer
         self._news: dict[str, list[Update]] = {}  # of every open request, until the call that made it looks
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from disagg.clock import WallClock
+from disagg.cluster.policies import DEFAULT, POLICIES
 from disagg.config import DTYPES, SLO, Budget, EngineSpec
 from disagg.errors import InputError
 from disagg.measure import run as runs
@@ -114,6 +116,13 @@ Examples:
 )
 @click.option("--budget", default=_SETTINGS.budget, show_default=True, help="Devices every arm gets: cpu:N, cuda:0,1.")
 @click.option(
+    "--policy",
+    type=click.Choice(list(POLICIES)),
+    default=DEFAULT,
+    show_default=True,
+    help="Who gets a request, in every arm.",
+)
+@click.option(
     "--repeats", type=int, help=f"Paired repeats (default: {_SETTINGS.repeats}; {QUICK['repeats']} if quick)."
 )
 @click.option("--rate", "rates", type=float, multiple=True, help="Requests/s; repeatable (default: from the capacity).")
@@ -149,7 +158,8 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
     console = Console(stderr=True)
     console.print(_headline(run), style="bold", highlight=False)
     with _results_folder(out, settings.engine.model) as folder, _Bar(console) as bar:
-        summary = measure(run, folder, Cluster, WallClock(), bar)
+        start = functools.partial(Cluster, policy=settings.policy)
+        summary = measure(run, folder, start, WallClock(), bar)
         bar.stage("report")
         from disagg.measure.report import build  # draws: slow to import
 
@@ -185,6 +195,7 @@ def _settings(options: dict[str, Any], budget: Budget) -> runs.Settings:
         engine=engine,
         arms=arms,
         budget=options["budget"],
+        policy=options["policy"],
         shape=Shape(Lengths.parse(options["prompt_len"]), Lengths.parse(options["output_len"])),
         arrivals=options["arrivals"],
         trace=options["trace"] or "",

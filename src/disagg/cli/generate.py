@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from disagg.cluster.policies import DEFAULT, POLICIES
 from disagg.config import DTYPES, Dtype
 from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
@@ -39,6 +40,9 @@ Examples:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
 @click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
 @click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
+@click.option(
+    "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True, help="Who gets a request."
+)
 @click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
 @click.option("--prefix-caching", is_flag=True, help="Share the pages of prompts that begin alike.")
 @click.option("--chat", is_flag=True, help="Put the text into the model's chat template as a user's message.")
@@ -58,6 +62,7 @@ def generate(
     dtype: Dtype | None,
     deploy: str,
     budget: str | None,
+    policy: str,
     chat: bool,
     max_len: int | None,
     prefix_caching: bool,
@@ -74,7 +79,7 @@ def generate(
         raise InputError("--chat puts a text into the chat template: give a text, or leave --chat out.")
     params = SamplingParams(stop=stop, **sampling)
     engine = {"random_weights": random_weights, "dtype": dtype, "max_len": max_len, "prefix_caching": prefix_caching}
-    with LLM(model, deploy, budget, **engine) as llm:
+    with LLM(model, deploy, budget, policy, **engine) as llm:
         if chat:
             asked = llm.chat([{"role": "user", "content": str(asked)}])
         if as_json:

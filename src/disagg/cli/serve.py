@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from disagg.cluster.policies import DEFAULT, POLICIES
 from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
 from disagg.errors import InputError
 
@@ -36,6 +37,9 @@ Examples:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
 @click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
 @click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
+@click.option(
+    "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True, help="Who gets a request."
+)
 @click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
 @click.option(
     "--kv-memory", type=float, help="KV cache in GiB, split over the workers. Default: 1; all a GPU has left."
@@ -66,6 +70,7 @@ def serve(
     dtype: Dtype | None,
     deploy: str,
     budget: str | None,
+    policy: str,
     max_len: int | None,
     kv_memory: float | None,
     max_batch_tokens: int | None,
@@ -105,7 +110,9 @@ def serve(
     from disagg.server.state import Settings
 
     def make(progress: "Callable[[str], None]") -> "Cluster":
-        return Cluster(deployment, engine, supervise=True, max_outstanding=limits["max_queue"], progress=progress)
+        return Cluster(
+            deployment, engine, policy=policy, supervise=True, max_outstanding=limits["max_queue"], progress=progress
+        )
 
     settings = Settings(
         model=served_model_name or _name(model),

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from disagg.cluster.policies import DEFAULT
 from disagg.config import SLO, Budget, Deployment, EngineSpec
 from disagg.errors import BudgetError, InputError
 from disagg.workload.workload import Note, Shape
@@ -26,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineSpec = EngineSpec()
     arms: tuple[str, ...] = ("2C", "1P1D")  # a deployment each, `NAME@BUDGET` where one differs from `budget`
     budget: str = "cpu:2"
+    policy: str = DEFAULT  # of routing, for every arm
     shape: Shape = Shape()
     arrivals: str = "poisson"
     trace: str = ""  # path; "": the shape above
