@@ -106,7 +106,7 @@ class Histogram:
 
     def add(self, value_s: float) -> None:
         """One more sample; less than a microsecond counts as one."""
-        self.bins[int(_BINS_PER_DECADE * math.log10(max(value_s, _SMALLEST_S)) // 1)] += 1
+        self.bins[math.floor(_BINS_PER_DECADE * math.log10(max(value_s, _SMALLEST_S)))] += 1
 
     def quantile(self, share: float) -> float | None:
         """The value that `share` of the samples do not exceed (nearest rank), seconds. None without samples."""
@@ -160,8 +160,11 @@ class Recent:
             self._step(now).ended += 1
             if (ttft_s := record.ttft_s) is not None:
                 self._step(record.token_at[0]).ttft.add(ttft_s)
+            place, step = None, _Step()
             for at, gap_s in zip(record.token_at[1:], record.itl_s, strict=True):
-                self._step(at).itl.add(gap_s)
+                if _place(at) != place:  # looked up once a step, not once a token
+                    place, step = _place(at), self._step(at)
+                step.itl.add(gap_s)
 
     def deliver(self, num_tokens: int, now: float) -> None:
         """Clients got so many tokens at `now`."""

@@ -141,7 +141,7 @@ class Chaos:
                 self._take(update)
         self._settle()
         after = self._cluster.counters()
-        if after["started"] != after["done"] + after["failed"] + after["aborted"] + after["live"]:
+        if after["started"] != after["done"] + after["failed"] + after["expired"] + after["aborted"] + after["live"]:
             raise InvariantError(f"The counters do not add up: {after}.")
         outcome = self.outcome
         outcome.retried, outcome.restarts = after["retried"] - before["retried"], after["restarts"]
