@@ -3,6 +3,9 @@
 import json
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import openai
@@ -296,3 +299,32 @@ def test_broken_http_leaves_the_server_well(server):
     settled(lambda: all_free(server))
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "max_tokens": 3}) as answer:
         assert len(list(events(answer.iter_lines()))) >= 3
+
+
+def test_check_audits_a_running_server(server):
+    """`disagg check --url` finds a healthy deployment healthy: canary through the front door, pages, counts."""
+    settled(lambda: all_free(server))
+    done = subprocess.run(
+        [sys.executable, "-m", "disagg", "check", "--url", server.url, "--json"], capture_output=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["faults"] == found["warnings"] == []
+    assert found["canary"]["colocated"] == found["canary"]["disaggregated"]
+    assert len(found["canary"]["colocated"]) == 12
+    gone = subprocess.run([sys.executable, "-m", "disagg", "check", "--url", "http://127.0.0.1:9"], capture_output=True)
+    assert gone.returncode == 1
+    assert b"does not answer" in gone.stderr
+
+
+def test_no_5xx_against_the_openapi_document(server, tmp_path):
+    """schemathesis, bounded: whatever the document allows or forbids, no answer is a 5xx or one it does not name."""
+    options = {
+        "--checks": "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        "--phases": "examples,coverage,fuzzing", "--max-examples": "8", "--max-time": "12", "--seed": "1",
+        "--workers": "1", "--request-timeout": "10", "--generation-database": "none",
+    }  # fmt: skip
+    flat = [part for option in options.items() for part in option]
+    command = [str(Path(sys.executable).with_name("st")), "run", f"{server.url}/openapi.json", "--no-color", *flat]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    settled(lambda: all_free(server))

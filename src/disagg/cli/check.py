@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from disagg.cli import check_live, keys
 from disagg.clock import WallClock
 from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
 from disagg.measure.run import cpu_name
@@ -26,6 +28,7 @@ Examples:
   disagg check --model smollm2 --deploy 1P1D --budget cpu:2
   disagg check --model smollm2 --deploy 1P1D --budget cuda:0,1
   disagg check --model seed --deploy 2P2D --json | jq .healthy
+  disagg check --url http://127.0.0.1:8000 --api-key file:keys.txt
 """
 )
 @click.option("--model", default="seed", show_default=True, help="seed, smollm2, a folder, GGUF or hub id.")
@@ -33,25 +36,43 @@ Examples:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
 @click.option("--deploy", default="1P1D", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
 @click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
+@click.option("--url", help="Check a running `disagg serve` instead; the options above are then its own.")
+@click.option("--api-key", "key_source", help="Its key, with --url: file:PATH or env:NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
 def check(
-    model: str, random_weights: bool, dtype: Dtype | None, deploy: str, budget: str | None, as_json: bool
+    model: str,
+    random_weights: bool,
+    dtype: Dtype | None,
+    deploy: str,
+    budget: str | None,
+    url: str | None,
+    key_source: str | None,
+    as_json: bool,
 ) -> None:
     """Start a deployment, test it and stop it.
 
     Shows its devices, how fast pages move beside plain memory copies, whether a prompt that is handed over gives the
     tokens it gives without (the canary), and whether every page came back. Exit code 1 when something is wrong; what
-    is only slow is a warning.
+    is only slow is a warning. With --url the deployment is one that serves: its health, the canary and its pages.
     """
+    if url is not None:
+        live = check_live.Live(url, keys.read(key_source)[0] if key_source else None)
+        _report(check_live.examine(live), as_json, check_live.show)
+        return
     cores = tuple(sorted(os.sched_getaffinity(0)))
     deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
     engine = EngineSpec.on(deployment.budget.kind, model=model, random_weights=random_weights, dtype=dtype)
     with Console(stderr=True).status(f"{deploy}: starting") as status:
         found = _examine(deployment, engine, status.update)
+    _report(found, as_json, _show)
+
+
+def _report(found: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any], Console], None]) -> None:
+    """Print the findings and leave with the exit code they deserve."""
     if as_json:
         click.echo(json.dumps(found))
     else:
-        _show(found, Console())
+        show(found, Console())
     if not found["healthy"]:
         click.get_current_context().exit(1)
 

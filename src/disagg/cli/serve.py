@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from disagg.cli import keys as api_keys
 from disagg.cluster.policies import DEFAULT, POLICIES
 from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
 from disagg.errors import InputError
@@ -52,7 +53,7 @@ Examples:
     "--api-key",
     "key_sources",
     multiple=True,
-    help="file:PATH (a key a line) or env:NAME; may be given several times. A key itself would show in `ps`.",
+    help=api_keys.HELP,
 )
 @click.option("--no-api-key", is_flag=True, help="Listen beyond this machine without a key.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Choices at a time.")
@@ -87,7 +88,7 @@ def serve(
     Prints its address when it is ready, and one JSON line per request on standard error. SIGTERM lets requests finish
     and exits with code 0; Ctrl-C stops at once.
     """
-    keys = [key for source in key_sources for key in _keys(source)]
+    keys = [key for source in key_sources for key in api_keys.read(source)]
     if host not in _LOOPBACK and not keys and not no_api_key:
         raise InputError(f"Listening on {host} lets others in: give --api-key, or --no-api-key if that is meant.")
     cores = tuple(sorted(os.sched_getaffinity(0)))
@@ -134,24 +135,6 @@ def serve(
     )
     if not drained:
         raise KeyboardInterrupt
-
-
-def _keys(source: str) -> list[str]:
-    """The keys of one --api-key. Raises InputError, which never says a key."""
-    kind, _, name = source.partition(":")
-    if kind == "file":
-        try:
-            text = Path(name).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"The API keys in {name} cannot be read: {error}.") from None
-    elif kind == "env":
-        text = os.environ.get(name, "")
-    else:
-        raise InputError("--api-key takes file:PATH or env:NAME, not a key: others could see it on the command line.")
-    keys = [line.strip() for line in text.splitlines() if line.strip()]
-    if not keys:
-        raise InputError(f"--api-key {source} holds no key: write one a line.")
-    return keys
 
 
 def _name(model: str) -> str:

@@ -28,7 +28,7 @@ class Metrics:
     """The metrics of a server. `status` is asked for the gauges; None: there is no deployment, and so no gauge."""
 
     def __init__(self, status: Callable[[], Status | None]) -> None:
-        disable_created_metrics()  # a moment of creation per series, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a moment of creation per series, which nobody asks for
         registry = self._registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
