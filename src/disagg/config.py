@@ -141,6 +141,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int = 1 << 30  # KV memory of the whole deployment, split evenly over its workers; 0: all GPUs have left
     gpu_memory: float = 0.9  # share of each GPU's memory the deployment may take, weights included, if kv_bytes is 0
     max_batch_tokens: int = 512  # positions a step may compute: the chunk size
+    max_mixed_tokens: int | None = None  # the same where some of them are decodes; None: as above
     max_running: int = 64
     chunked_prefill: bool = True
     prefix_caching: bool = False
@@ -150,19 +151,25 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise InputError(f"page_size must be a power of two, not {self.page_size}.")
-        if self.max_batch_tokens < 1 or self.max_running < 1:
-            raise InputError("max_batch_tokens and max_running must be at least 1.")
+        mixed = self.max_batch_tokens if self.max_mixed_tokens is None else self.max_mixed_tokens
+        if min(self.max_batch_tokens, mixed, self.max_running) < 1:
+            raise InputError("max_batch_tokens, max_mixed_tokens and max_running must be at least 1.")
         if not 0 < self.gpu_memory <= 1:
             raise InputError(f"gpu_memory must be a share above 0 and up to 1, not {self.gpu_memory:g}.")
 
     @classmethod
     def on(cls, kind: DeviceKind, **given: Any) -> "EngineSpec":
-        """The fields given, except for those that are None, over the defaults for this kind of device."""
+        """The fields given, except for those that are None, over the defaults for this kind of device.
+
+        Whoever gives `max_batch_tokens` means every step: the default for mixed ones then does not apply.
+        """
         chosen = {name: value for name, value in given.items() if value is not None}
+        if "max_batch_tokens" in chosen:
+            chosen.setdefault("max_mixed_tokens", None)
         return cls(**{**(_ON_GPUS if kind == "cuda" else {}), **chosen})
 
 
-_ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 8192, "max_running": 256}
+_ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 8192, "max_mixed_tokens": 1024, "max_running": 256}
 
 
 class SLO(msgspec.Struct, frozen=True):

@@ -56,6 +56,8 @@ def test_what_is_not_given_follows_from_the_devices():
     on_gpus = EngineSpec.on("cuda", dtype=None, max_running=7)
     assert (on_gpus.dtype, on_gpus.kv_bytes, on_gpus.max_running) == ("bfloat16", 0, 7)
     assert EngineSpec.on("cuda", dtype="float16").dtype == "float16"
+    assert on_gpus.max_mixed_tokens < on_gpus.max_batch_tokens
+    assert EngineSpec.on("cuda", max_batch_tokens=4096).max_mixed_tokens is None  # the number given is for every step
     with pytest.raises(InputError, match="gpu_memory"):
         EngineSpec.on("cuda", gpu_memory=1.5)
 

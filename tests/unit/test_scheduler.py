@@ -219,6 +219,18 @@ def test_long_prompt_is_cut_into_chunks_beside_decodes() -> None:
     assert [chunks(batch) for batch in batches] == [[("b", 0, 4, False)], [("b", 4, 4, False)], [("b", 8, 1, True)]]
 
 
+def test_beside_decodes_chunks_have_their_own_limit() -> None:
+    """`max_mixed_tokens` counts decodes and chunks of a step that has both; alone each has `max_batch_tokens`."""
+    worker = FakeWorker(max_batch_tokens=8, max_mixed_tokens=4)
+    worker.scheduler.add(request("a", 8, max_tokens=4, order=0))
+    assert chunks(worker.step()) == [("a", 0, 8, True)]
+    worker.scheduler.add(request("b", 17, order=1))
+    batches = [worker.step() for _ in range(5)]
+    assert [decodes(batch) for batch in batches] == [["a"]] * 3 + [[], ["b"]]
+    lengths = [[chunk[2] for chunk in chunks(batch)] for batch in batches]
+    assert lengths == [[3], [3], [3], [8], []]
+
+
 def test_first_come_first_served_by_order() -> None:
     """`order` decides, then the id; not the time of add."""
     worker = FakeWorker(max_batch_tokens=6)
@@ -830,6 +842,7 @@ OPTIONS = st.fixed_dictionaries(
     {
         "num_pages": st.integers(6, 14),
         "max_batch_tokens": st.integers(1, 16),
+        "max_mixed_tokens": st.none() | st.integers(1, 16),
         "max_running": st.integers(1, 6),
         "chunked_prefill": st.booleans(),
         "prefix_caching": st.booleans(),

@@ -85,6 +85,7 @@ class Worker:
         self._scheduler = Scheduler(
             PagePool(hello.num_pages, spec.page_size),
             max_batch_tokens=spec.max_batch_tokens,
+            max_mixed_tokens=spec.max_mixed_tokens,
             max_running=spec.max_running,
             max_len=spec.max_len,
             chunked_prefill=spec.chunked_prefill,

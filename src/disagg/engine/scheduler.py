@@ -45,6 +45,8 @@ class Scheduler:
 
     max_batch_tokens: positions computed in a step. Decodes come first: a limit below the number of running requests
         makes the youngest wait.
+    max_mixed_tokens: the same for steps that have both decodes and chunks (None: no other limit). A long prompt beside
+        them makes each wait for all of it and brings each one token; cut into chunks it brings them a token a chunk.
     max_running: requests computed in a step, and RUNNING ones before another is admitted. `adopt` may go beyond.
     max_len: tokens of a request, prompt and output.
     chunked_prefill: without it, what a request lacks is computed whole in one step: the first such request of a step
@@ -59,11 +61,13 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         max_len: int,
+        max_mixed_tokens: int | None = None,
         chunked_prefill: bool = True,
         prefix_caching: bool = False,
     ) -> None:
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
+        self.max_mixed_tokens = min(max_mixed_tokens or max_batch_tokens, max_batch_tokens)
         self.max_running = max_running
         self.max_len = max_len
         self.chunked_prefill = chunked_prefill
@@ -275,7 +279,7 @@ class Scheduler:
 
     def _plan_chunks(self, batch: Batch) -> None:
         """First those already admitted, then new ones, oldest first; nobody overtakes the one that lacks room."""
-        budget = self.max_batch_tokens - len(batch.decodes)
+        budget = self.max_mixed_tokens - len(batch.decodes) if batch.decodes else self.max_batch_tokens
         behind, chunks = self._behind, batch.chunks
         while len(batch.decodes) + len(chunks) < self.max_running:
             if budget <= 0 and (self.chunked_prefill or chunks):
