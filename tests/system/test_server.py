@@ -201,19 +201,6 @@ def test_tokenize_and_detokenize(server):
     assert httpx.post(f"{server.url}/detokenize", json={"tokens": [320]}).status_code == 400
 
 
-def test_a_client_that_goes_away_frees_its_pages_at_once(server):
-    """Within 100 ms of the close no worker holds a page for it: in the best of some tries, as this machine is busy."""
-    took = []
-    for _ in range(5):
-        with httpx.Client() as http, http.stream("POST", f"{server.url}/v1/completions", json=LONG) as answer:
-            lines = answer.iter_lines()
-            for _ in range(8):
-                next(lines)
-            assert not all_free(server)
-        took.append(settled(lambda: all_free(server)))
-    assert min(took) < 0.1
-
-
 def test_a_client_that_leaves_before_the_first_token_frees_its_pages(server):
     """The same while nothing has been sent, and for an answer that is not streamed."""
     body = json.dumps({**LONG, "stream": False}).encode()
