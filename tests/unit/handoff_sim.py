@@ -111,11 +111,10 @@ class Wire:
 
 
 class Sim:
-    """One worker: as cluster/worker.py, without processes."""
+    """One worker: as cluster/worker.py, without processes. `ahead`: as on GPUs, with a step in flight between turns."""
 
-    ahead = False
-
-    def __init__(self, world, name, pages, offset=0.0, clock_name="host", layout=LAYOUT, **options):
+    def __init__(self, world, name, pages, offset=0.0, clock_name="host", layout=LAYOUT, ahead=False, **options):
+        self.ahead = ahead
         self.world, self.name = world, name
         self.clock = Shifted(world.clock, offset)
         self.memory = [bytearray(PAGE_SIZE) for _ in range(pages)]
@@ -211,7 +210,10 @@ class Sim:
         return partial(self.run, batch)
 
     def run(self, batch):
-        """The model: K and V are written into the pages, the next token is read back through them."""
+        """The model: K and V are written into the pages, the next token is read back through them.
+
+        It runs when it is collected, as late as it can: pages that were given away too early would show.
+        """
         for request in batch.decodes:
             self.write(request, len(request.tokens) - 1, len(request.tokens))
         for request, start, length, _ in batch.chunks:

@@ -29,7 +29,14 @@ class Ordinary:
     """
 
     names = ("P", "D")
-    options = ({}, {"skewed": True}, {"prefix_caching": True}, {"checksum": True, "max_running": 1})
+    options = (
+        {},
+        {"ahead": True},
+        {"skewed": True},
+        {"prefix_caching": True},
+        {"checksum": True, "max_running": 1},
+        {"ahead": True, "prefix_caching": True, "max_mixed_tokens": 3},
+    )
     steps = (
         "submit", "submit", "submit", "calm", "turn", "turn", "front", "deliver", "deliver", "copy", "wait", "abort",
         "limp", "limp", "limp", "limp",
@@ -110,6 +117,7 @@ class Crowded(Ordinary):
 
     options = (
         {"pages": 5},
+        {"pages": 5, "ahead": True},
         {"pages": 5, "max_running": 1},
         {"pages": 6, "prefix_caching": True},
         {"pages": 5, "chunked_prefill": False},
