@@ -2,10 +2,10 @@
 
 Qwen3 shapes with random bf16 weights, by the method that vLLM 0.25.1 was timed with on the same kind of GPU: 256
 requests of 100 to 1024 tokens in and out (seed 0) at temperature 0.6; decode from a context of 128 for 256 tokens;
-prefill alone. Its numbers stand beside ours, and so does the limit: decode reads every weight once a step, prefill does
-two FLOPs per weight and token.
+prefill alone. Its numbers stand beside ours: what it printed on this machine (--peer-log), or else on another before. So
+does the limit: decode reads every weight once a step, prefill does two FLOPs per weight and token.
 
-    python bench/gpu_engine.py --model qwen3-8b [--out FILE] [--profile] [--check-only]
+    python bench/gpu_engine.py --model qwen3-8b [--out FILE] [--peer-log FILE] [--profile] [--check-only]
     python bench/gpu_engine.py --dry-run     # a tiny model on the CPU: no numbers, all of the code but the kernels
 
 First it checks that steps launched ahead as CUDA graphs give the tokens of steps run one by one without graphs, in the
@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -62,6 +63,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "eos_token_id": 1, "bos_token_id": 0,
     },
 }  # fmt: skip
+PEER_LINES = {
+    r"bench \d+ tok [\d.]+ s ([\d.]+) tok/s": "256 requests, tok/s",
+    r"decode B (\d+) TPOT ms ([\d.]+)": "decode {}, ms",
+    r"prefill 1x (\d+) ms ([\d.]+)": "prefill 1x{}, ms",
+    r"prefill 32x2048 tok/s ([\d.]+)": "prefill 32x2048, tok/s",
+}
 VLLM: dict[str, dict[str, float]] = {
     "qwen3-8b": {
         "decode 1, ms": 6.82, "decode 8, ms": 7.00, "decode 32, ms": 7.43, "decode 128, ms": 9.48,
@@ -188,11 +195,7 @@ class Bench:
 
     def best(self, make: Callable[[], list[list[int]]], tokens: int, repeats: int) -> float:
         """The shortest time of several runs, each with prompts of its own."""
-        found = []
-        for _ in range(repeats):
-            prompts = make()
-            found.append(self.run(prompts, [tokens] * len(prompts))[0])
-        return min(found)
+        return min(self.run(prompts, [tokens] * len(prompts))[0] for prompts in (make() for _ in range(repeats)))
 
     def check(self) -> list[str]:
         """What is wrong: tokens that differ between graphs launched ahead and steps run one by one."""
@@ -311,7 +314,7 @@ def limits(spec: ModelSpec, shape: Shape) -> dict[str, float]:
     body = total - embedding * (1 if spec.tied else 2)
     kv_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
     attention = 4 * spec.num_layers * spec.num_heads * spec.head_dim  # FLOPs per pair of positions
-    found = {}
+    found: dict[str, float] = {}
     for batch in shape.batches:
         num_bytes = 2 * read + batch * kv_token * (128 + shape.new_tokens / 2)
         found[f"decode {batch}, ms"] = num_bytes / COPY_BYTES_S * 1e3
@@ -324,10 +327,23 @@ def limits(spec: ModelSpec, shape: Shape) -> dict[str, float]:
     return found
 
 
-def table(found: dict[str, float], model: str, bounds: dict[str, float]) -> str:
+def read_peer(text: str) -> dict[str, float]:
+    """vLLM's numbers from what its timing script printed, a line a row of the table; of repeated ones the last."""
+    found = {}
+    for line in text.splitlines():
+        for pattern, name in PEER_LINES.items():
+            if match := re.search(pattern, line):
+                *key, value = match.groups()
+                found[name.format(*key)] = float(value)
+    if not found:
+        sys.exit("The peer's log has none of the lines that are looked for: give what the timing script printed.")
+    return found
+
+
+def table(found: dict[str, float], model: str, peers: dict[str, float], bounds: dict[str, float]) -> str:
     lines = [f"{model:26}{'ours':>12}{'vLLM 0.25.1':>14}{'ours/vLLM':>11}{'limit':>12}"]
     for name, value in found.items():
-        peer, bound = VLLM.get(model, {}).get(name), bounds.get(name)
+        peer, bound = peers.get(name), bounds.get(name)
         ratio = "" if peer is None else f"{value / peer:.2f}"
         show = lambda number: "" if number is None else f"{number:,.2f}" if number < 1000 else f"{number:,.0f}"  # noqa: E731
         lines.append(f"{name:26}{show(value):>12}{show(peer):>14}{ratio:>11}{show(bound):>12}")
@@ -338,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[name for name in CONFIGS if name != "tiny"], default="qwen3-8b")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
+    parser.add_argument("--peer-log", type=Path, help="what vLLM's timing script printed for this model here")
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--max-running", type=int, default=256)
     parser.add_argument("--profile", action="store_true", help="kernels by time, after the table")
@@ -349,6 +366,8 @@ def main() -> None:
     elif not torch.cuda.is_available():
         sys.exit("There is no CUDA device: use --dry-run to run the code on a tiny model.")
     shape, device = (DRY, "cpu") if arguments.dry_run else (FULL, "cuda")
+    measured = read_peer(arguments.peer_log.read_text()) if arguments.peer_log else None
+    peers = measured or VLLM.get(arguments.model, {})
     bench = Bench(arguments.model, shape, device, arguments)
     graphs = sorted(bench.runner._graphs._captured)
     print(f"{arguments.model}: loaded in {bench.load_s:.1f} s, warm in {bench.warm_up_s:.1f} s, "
@@ -356,22 +375,21 @@ def main() -> None:
           f"{bench.storage.num_pages} pages", flush=True)  # fmt: skip
     faults = bench.check()
     found = {} if arguments.check_only else bench.measure()
-    print(table(found, arguments.model, limits(bench.loaded.spec, shape)))
+    print(table(found, arguments.model, peers, limits(bench.loaded.spec, shape)))
     if arguments.profile:
         bench.profile()
     result = {
         "bench": "gpu_engine", "model": arguments.model, "command": " ".join(sys.argv), "faults": faults,
-        "results": found, "limits": limits(bench.loaded.spec, shape), "vllm": VLLM.get(arguments.model, {}),
-        "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
+        "results": found, "limits": limits(bench.loaded.spec, shape), "vllm": peers,
+        "vllm_same_machine": measured is not None, "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
         "num_pages": bench.storage.num_pages,
         "max_batch_tokens": arguments.max_batch_tokens, "max_running": arguments.max_running,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "torch": torch.__version__, "output_tokens": sum(bench.outputs),
     }  # fmt: skip
-    line = json.dumps(result)
-    print(line)
+    print(json.dumps(result))
     if arguments.out is not None:
-        arguments.out.write_text(line + "\n")
+        arguments.out.write_text(json.dumps(result) + "\n")
     if faults:
         sys.exit(f"The check failed: {'; '.join(faults)}.")
 

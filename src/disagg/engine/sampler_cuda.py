@@ -207,7 +207,7 @@ def _logit(low):
 
 @triton.jit
 def _mass(row, size, best, scale, low, BLOCK: tl.constexpr):
-    """Of `size` logits: (how many logits rank at least `low`, which counts from the least of all ranks, and the sum of their weights)."""
+    """Of `size` logits: how many rank at least `low` (counted from the least of all ranks), and their weights' sum."""
     bound = (low - 2147483648).to(tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float64)  # so that the order of the collected ones makes no difference
