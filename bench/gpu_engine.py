@@ -2,8 +2,8 @@
 
 Qwen3 shapes with random bf16 weights, by the method that vLLM 0.25.1 was timed with on the same kind of GPU: 256
 requests of 100 to 1024 tokens in and out (seed 0) at temperature 0.6; decode from a context of 128 for 256 tokens;
-prefill alone. Its numbers stand beside ours: what it printed on this machine (--peer-log), or else on another before. So
-does the limit: decode reads every weight once a step, prefill does two FLOPs per weight and token.
+prefill alone. Its numbers stand beside ours: those of this machine (--peer-log), or else of another one. So does the
+limit: decode reads every weight once a step, prefill does two FLOPs per weight and token.
 
     python bench/gpu_engine.py --model qwen3-8b [--out FILE] [--peer-log FILE] [--profile] [--check-only]
     python bench/gpu_engine.py --dry-run     # a tiny model on the CPU: no numbers, all of the code but the kernels
@@ -381,7 +381,8 @@ def main() -> None:
     result = {
         "bench": "gpu_engine", "model": arguments.model, "command": " ".join(sys.argv), "faults": faults,
         "results": found, "limits": limits(bench.loaded.spec, shape), "vllm": peers,
-        "vllm_same_machine": measured is not None, "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
+        "vllm_same_machine": measured is not None, "load_s": bench.load_s,
+        "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
         "num_pages": bench.storage.num_pages,
         "max_batch_tokens": arguments.max_batch_tokens, "max_running": arguments.max_running,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
