@@ -2,15 +2,19 @@
 
 First every operation is compared with the float32 reference at real shapes. Then each is timed inside a CUDA graph,
 rotating among copies of its data so that nothing is found in the cache that a model would not find there, beside the
-time in which the device can move the bytes or do the arithmetic (ceilings measured first). --sweep times other tiles
-too. Products have a file of their own, gpu_products.py. The last line of output is JSON.
+time in which the device can move the bytes or do the arithmetic (ceilings measured first). --sweep checks nothing and
+times other tiles of attention, compiled beforehand in processes of their own. Products have a file of their own,
+gpu_products.py. The last line of output is JSON.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,13 +70,15 @@ def main() -> None:
         print("No CUDA device here: nothing to check or time.")
         return
     torch.manual_seed(torch.seed() % 2**31)
-    failed = check()
+    failed = [] if args.sweep else check()
     result: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "failed": failed}
     if not args.check_only:
         bandwidth, peak = ceilings()
         print(f"ceilings: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s")
-        lines = print_lines([*time_rows(), *time_decode_attention(args.sweep), *time_prefill_attention(args.sweep)],
-                            bandwidth, peak)  # fmt: skip
+        if args.sweep:
+            compile_tiles()
+        timed = itertools.chain(time_rows(), time_decode_attention(args.sweep), time_prefill_attention(args.sweep))
+        lines = print_lines(timed, bandwidth, peak)
         result |= {"bandwidth": bandwidth, "peak": peak, "lines": [line._asdict() for line in lines]}
     text = json.dumps(result)
     if args.out:
@@ -256,62 +262,102 @@ def time_rows() -> Iterator[Line]:
     yield Line("silu, 8192 rows", graph_ms([lambda: ops.silu_mul(gate_up)] * 10), 1.5 * gate_up.nbytes, 0)
 
 
-def time_decode_attention(sweep: bool) -> Iterator[Line]:
-    """With norm, rotation and page write, one layer of eight so that each call finds its pages in memory."""
+# keys, warps, stages, programs, least turns of a part
+DECODE_TILES = [
+    (64, 4, 5, 264, 1), (64, 4, 3, 264, 1), (64, 4, 7, 264, 1), (32, 4, 5, 264, 1), (32, 4, 7, 264, 1),
+    (32, 2, 5, 264, 1), (128, 4, 5, 264, 1), (128, 8, 5, 264, 1), (64, 8, 5, 264, 1), (64, 4, 5, 528, 1),
+    (64, 4, 5, 2112, 4), (64, 4, 5, 2112, 8), (32, 4, 5, 2112, 8),
+]  # fmt: skip
+DECODES = {
+    "1 x 256": [(1, 256)], "8 x 256": [(1, 256)] * 8, "32 x 256": [(1, 256)] * 32, "128 x 256": [(1, 256)] * 128,
+    "32 x 2048": [(1, 2048)] * 32, "144 x 100 to 1100": [(1, 100 + 7 * index) for index in range(144)],
+}  # fmt: skip
+PREFILL_TILES = [
+    (128, 64, 8, 3), (128, 64, 8, 5), (128, 64, 8, 7), (128, 64, 4, 3), (128, 64, 4, 5), (128, 128, 8, 3),
+    (128, 128, 8, 5), (64, 64, 4, 5), (64, 128, 4, 3), (128, 32, 8, 5),
+]  # fmt: skip
+PREFILLS = [[(2048, 2048)] * 4, [(512, 4096)] * 4, [(128, 128)]]
+
+
+def compile_tiles() -> None:
+    """Fill Triton's cache: each job runs a kernel once, in a process of its own."""
+    jobs = [(name, title, tile) for name in MODELS for title in DECODES for tile in DECODE_TILES]
+    prefills = [("qwen3-8b", None, tile) for tile in PREFILL_TILES]
+    with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile_tile, [*prefills, *jobs], chunksize=2))
+
+
+def _compile_tile(job: tuple[str, str | None, tuple[int, ...]]) -> None:
+    name, title, tile = job
+    try:
+        if title is None:
+            prefill_calls(MODELS[name], [(128, 128)])(tile)
+        else:
+            decode_calls(MODELS[name], DECODES[title], layers=1)(tile, 0)
+        torch.cuda.synchronize()
+    except Exception as error:  # a tile may need more shared memory than there is; timing says so again
+        print(f"{job}: {str(error).splitlines()[0]}")
+
+
+def decode_calls(
+    shape: Shape, sequences: Sequence[tuple[int, int]], layers: int
+) -> Callable[[tuple[int, ...] | None, int], None]:
+    """A call of decode attention with norm, rotation and page write: (tile, layer) -> None."""
     from disagg.model.ops_cuda_decode import DecodeTile, Fused, attend_decodes
 
-    tiles = [DecodeTile()]
-    if sweep:
-        tiles = [DecodeTile(keys, warps, stages, programs) for keys, warps in ((32, 4), (64, 4), (64, 8), (128, 4))
-                 for stages in (2, 3) for programs in (132, 264, 528)]  # fmt: skip
+    batch = len(sequences)
+    step, num_pages = make_step(sequences)
+    pages = draw(num_pages, layers, 2, shape.kv_heads, PAGE_SIZE, shape.size)
+    qkv, out, norm = draw(batch, shape.qkv), draw(batch, shape.heads * shape.size), draw(shape.size)
+    counters = torch.zeros(1 << 16, dtype=torch.int32, device="cuda")
+    fused = Fused(make_rope(shape.size), norm, norm, 1e-6)
+
+    def call(tile: tuple[int, ...] | None, layer: int) -> None:
+        chosen = {} if tile is None else {"tile": DecodeTile(*tile)}
+        attend_decodes(qkv, layer, pages, step, 0.1, out, counters, batch, fused, **chosen)
+
+    return call
+
+
+def time_decode_attention(sweep: bool) -> Iterator[Line]:
+    """One layer of eight after the other, so that each call finds its pages in memory."""
     layers = 8
     for name, shape in MODELS.items():
-        rope, norm = make_rope(shape.size), draw(shape.size)
-        for batch, context in ((1, 256), (8, 256), (32, 256), (128, 256), (8, 2048), (32, 2048)):
-            step, num_pages = make_step([(1, context)] * batch)
-            pages = draw(num_pages, layers, 2, shape.kv_heads, PAGE_SIZE, shape.size)
-            qkv = draw(batch, shape.qkv)
-            out = draw(batch, shape.heads * shape.size)
-            counters = torch.zeros(1 << 16, dtype=torch.int32, device="cuda")
-            fused = Fused(rope, norm, norm, 1e-6)
-            num_bytes = batch * context * 2 * shape.kv_heads * shape.size * 2.0
+        for title, sequences in DECODES.items():
+            call = decode_calls(shape, sequences, layers)
+            num_bytes = sum(context for _, context in sequences) * 2 * shape.kv_heads * shape.size * 2.0
             timed = []
-            for tile in tiles:
+            for tile in DECODE_TILES if sweep else [None]:
+                ms = graph_ms([lambda layer=layer, tile=tile: call(tile, layer) for layer in range(layers)] * 4)  # noqa: B023
+                timed.append(Line(f"{name} decode attention, {title}, {tile or 'ours'}", ms, num_bytes, 0))
+            yield from sorted(timed, key=lambda line: line.ms)[:5]
 
-                def call(layer: int, tile: DecodeTile = tile) -> None:
-                    attend_decodes(qkv, layer, pages, step, 0.1, out, counters, batch, fused, tile)  # noqa: B023
 
-                ms = graph_ms([lambda layer=layer: call(layer) for layer in range(layers)] * 4)
-                title = f"{name} decode attention, {batch} x {context}, {tuple(tile)}"
-                timed.append(Line(title, ms, num_bytes, 0))
-            yield from sorted(timed, key=lambda line: line.ms)[:4]
+def prefill_calls(shape: Shape, sequences: Sequence[tuple[int, int]]) -> Callable[[tuple[int, ...] | None], None]:
+    """A call of prefill attention: (tile) -> None."""
+    from disagg.model.ops_cuda_prefill import PrefillTile, attend_chunks
+
+    step, num_pages = make_step(sequences)
+    pages = draw(num_pages, 1, 2, shape.kv_heads, PAGE_SIZE, shape.size)
+    q = draw(len(step.tokens), shape.heads, shape.size)
+    out = torch.empty(len(q), shape.heads * shape.size, device="cuda", dtype=DTYPE)
+    return lambda tile: attend_chunks(q, 0, pages, step, 0.1, out, 0, PrefillTile(*tile) if tile else None)
 
 
 def time_prefill_attention(sweep: bool) -> Iterator[Line]:
     """Causal attention of whole prompts and of a chunk, beside what torch has for whole prompts."""
-    from disagg.model.ops_cuda_prefill import PrefillTile, attend_chunks, prefill_tile
-
     shape = MODELS["qwen3-8b"]
-    tiles = [prefill_tile(shape.size, DTYPE)]
-    if sweep:
-        tiles = [PrefillTile(128, 64, 8, 2), PrefillTile(128, 64, 8, 3), PrefillTile(128, 64, 8, 4),
-                 PrefillTile(128, 64, 4, 2), PrefillTile(128, 64, 4, 3), PrefillTile(128, 128, 8, 2),
-                 PrefillTile(128, 128, 8, 3), PrefillTile(64, 64, 4, 2), PrefillTile(64, 64, 4, 3),
-                 PrefillTile(128, 32, 8, 4), PrefillTile(128, 32, 4, 4)]  # fmt: skip
-    for sequences in ([(2048, 2048)] * 4, [(512, 4096)] * 4, [(128, 128)]):
-        step, num_pages = make_step(sequences)
-        pages = draw(num_pages, 1, 2, shape.kv_heads, PAGE_SIZE, shape.size)
-        q = draw(len(step.tokens), shape.heads, shape.size)
-        out = torch.empty(len(q), shape.heads * shape.size, device="cuda", dtype=DTYPE)
+    for sequences in PREFILLS:
+        call = prefill_calls(shape, sequences)
         flop = 4.0 * shape.heads * shape.size * sum(new * (2 * context - new + 1) / 2 for new, context in sequences)
         title = f"prefill attention, {len(sequences)} x {sequences[0]}"
-        for tile in tiles:
+        for tile in PREFILL_TILES if sweep else [None]:
             try:
-                ms = graph_ms([lambda tile=tile: attend_chunks(q, 0, pages, step, 0.1, out, 0, tile)] * 5)  # noqa: B023
+                ms = graph_ms([lambda tile=tile: call(tile)] * 5)  # noqa: B023
             except Exception as error:  # a tile may need more shared memory than there is
-                print(f"{title}, {tuple(tile)}: {str(error).splitlines()[0]}")
+                print(f"{title}, {tile}: {str(error).splitlines()[0]}")
                 continue
-            yield Line(f"{title}, {tuple(tile)}", ms, 0, flop)
+            yield Line(f"{title}, {tile or 'ours'}", ms, 0, flop)
         if sequences[0][0] == sequences[0][1]:
             yield from _torch_attention(shape, sequences, title, flop)
 

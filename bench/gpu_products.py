@@ -1,14 +1,14 @@
-"""How fast products of few rows are: python bench/gpu_products.py [--sweep] [--out FILE]
+"""How fast products of few rows are: python bench/gpu_products.py [--sweep] [--rows N ...] [--out FILE]
 
-Ours with norm, residual or gate, as a layer has them, beside cuBLAS's bare product and the time in which the device
-can read the weight. --sweep times a list of tiles for each, from which the table in ops_cuda_linear.py was made; each
-kernel is compiled beforehand in processes of their own. The last line of output is JSON.
+Ours with residual or gate, and for a single row norm, as a layer has them, beside cuBLAS's bare product and the time in
+which the device can read the weight. --sweep times a list of tiles for each, from which the table in ops_cuda_linear.py
+was made; each kernel is compiled beforehand in processes of their own. The last line of output is JSON.
 """
 
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 128])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -28,7 +29,7 @@ def main() -> None:
         return
     bandwidth, peak = ceilings()
     print(f"ceilings: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s")
-    lines = print_lines(time_products(args.sweep), bandwidth, peak)
+    lines = print_lines(time_products(args.sweep, args.rows), bandwidth, peak)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth, "peak": peak,
               "lines": [line._asdict() for line in lines]}  # fmt: skip
     if args.out:
@@ -65,11 +66,13 @@ VECTOR_TILES = [
 ]  # fmt: skip
 MATRIX_TILES = {
     16: [
-        (16, 256, 2, 3), (16, 256, 2, 4), (16, 512, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4),
+        (16, 256, 2, 3), (16, 256, 2, 4), (16, 512, 4, 3), (32, 128, 2, 5),
+        (64, 64, 4, 6), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4),
         (32, 256, 2, 3), (64, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 3, 1024), (16, 256, 2, 3, 1024),
     ],
     32: [
-        (16, 128, 2, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 4),
+        (16, 128, 2, 4), (16, 256, 2, 4), (32, 128, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 3),
+        (64, 128, 4, 4), (64, 128, 8, 4),
         (128, 64, 4, 4),
     ],
     64: [(32, 128, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 128, 8, 4), (128, 64, 8, 4)],
@@ -100,14 +103,14 @@ def _call(
 ) -> Callable[[], Tensor]:
     from disagg.model.ops_cuda_linear import Extras, Tile, small_product
 
-    extras = Extras(norm if product.norm else None, 1e-6, None, residual if product.residual else None, product.gated)
+    normed = product.norm and len(x) == 1  # with more rows a kernel of its own does it
+    extras = Extras(norm if normed else None, 1e-6, None, residual if product.residual else None, product.gated)
     dtype = torch.float32 if product.name == "head" else None
     return lambda: small_product(x, weight, extras, dtype, Tile(*tile) if tile else None)
 
 
-def time_products(sweep: bool) -> Iterator[Line]:
+def time_products(sweep: bool, batches: Sequence[int]) -> Iterator[Line]:
     """Every product of both models, ours with its extras, beside cuBLAS's product alone."""
-    batches = (1, 2, 8, 16, 32, 64, 128) if sweep else (1, 8)
     jobs = [(product, rows, tile) for shape in MODELS.values() for product in products(shape) for rows in batches
             for tile in (tiles_of(rows, product) if sweep else ())]  # fmt: skip
     if jobs:
@@ -134,7 +137,7 @@ def _time_product(
     ms = graph_ms([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
     yield Line(f"{title}, cuBLAS alone", ms, num_bytes, flop)
     timed = []
-    for tile in tiles_of(rows, product) if sweep else [None] * (rows <= 16):
+    for tile in tiles_of(rows, product) if sweep else [None] * (rows <= 64):
         try:
             ms = graph_ms([_call(product, x, w, norm, residual, tile) for w in weights])
         except Exception as error:  # a tile may need more shared memory than there is

@@ -36,8 +36,9 @@ if not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 REFERENCE = ReferenceOps()
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 STACK = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DTYPES = list(BOUNDS) if ON_GPU else [torch.float32, torch.float16]
-HEADS = [(8, 2, 128), (9, 3, 64), (4, 4, 32), (14, 2, 80)] if ON_GPU else [(6, 2, 32), (3, 1, 24)]
+# a kernel takes a second or more to compile on a GPU for each dtype, head size and page size: few of each
+DTYPES = [torch.bfloat16, torch.float32] if ON_GPU else [torch.float32, torch.float16]
+HEADS = [(8, 2, 128), (9, 3, 64), (4, 2, 16), (14, 2, 80)] if ON_GPU else [(6, 2, 16), (3, 1, 24)]
 DECODES = [(1, n) for n in (1, 2, 63, 64, 65, 130, 200)]
 
 
@@ -66,23 +67,22 @@ def rope_on_device(size: int) -> Rope:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 50] if ON_GPU else [1, 7, 20])
+@pytest.mark.parametrize("rows", [1, 7, 50] if ON_GPU else [1, 7, 20])
 def test_small_product_with_every_extra(rows: int, dtype: torch.dtype) -> None:
-    """Norm, bias, residual and gate, each alone and all together, for sizes that fill no tile and for those that do."""
-    for outputs, inputs in ((33, 48), (1000, 1536), (512, 4096)) if ON_GPU else ((33, 48), (64, 128)):
+    """Norm, bias, residual and gate, none and all together, for sizes that fill no tile and for those that do."""
+    for outputs, inputs in ((33, 48), (1000, 4096)) if ON_GPU else ((33, 48), (64, 128)):
         x, residual = draw(rows, inputs, dtype=dtype, scale=3), draw(rows, outputs, dtype=dtype)
         norm = draw(inputs, dtype=dtype)
         for gated in (False, True):
             shape = (2 * outputs if gated else outputs, inputs)
             weight, bias = draw(*shape, dtype=dtype, scale=inputs**-0.5), draw(shape[0], dtype=dtype)
-            for chosen in ({}, {"norm"}, {"bias"}, {"residual"}, {"norm", "bias", "residual"}):
-                extras = Extras(
-                    norm if "norm" in chosen else None, 1e-6, bias if "bias" in chosen else None,
-                    residual if "residual" in chosen else None, gated,
-                )  # fmt: skip
-                expected = _expected_product(x, weight, extras)
-                assert_close(small_product(x, weight, extras), expected, BOUNDS[dtype])
-                assert_close(small_product(x, weight, extras, torch.float32), expected, BOUNDS[dtype])
+            for extras, out_dtype in (
+                (Extras(gated=gated), torch.float32),
+                (Extras(norm, 1e-6, bias, residual, gated), dtype),
+            ):
+                ours = small_product(x, weight, extras, out_dtype)
+                assert ours.dtype == out_dtype
+                assert_close(ours, _expected_product(x, weight, extras), BOUNDS[dtype])
 
 
 def _expected_product(x: Tensor, weight: Tensor, extras: Extras) -> Tensor:
@@ -138,8 +138,7 @@ def test_rotate_and_store(heads: tuple[int, int, int], rotary: bool, norms: bool
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("page_size", [16, 20])
+@pytest.mark.parametrize(("heads", "page_size"), [(heads, 20 if heads[0] % 2 else 16) for heads in HEADS])
 @pytest.mark.parametrize("sequences", [MIXED, DECODES, [(150, 150)]], ids=["mixed", "decodes", "prompt"])
 def test_attend(
     heads: tuple[int, int, int], page_size: int, sequences: list[tuple[int, int]], dtype: torch.dtype

@@ -35,6 +35,8 @@ class Decoder:
     def forward(self, step: Step, pages: Tensor) -> Tensor:
         """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`."""
         hidden = self._layers(torch.nn.functional.embedding(step.tokens, self._embedding), step, pages)
+        if step.last is not None and len(step.last) == 0:
+            return torch.empty(0, self.spec.vocab_size, device=hidden.device)
         if step.last is not None and len(step.last) < len(hidden):
             hidden = hidden[step.last]
         normed, _ = self._ops.add_rms_norm(hidden, None, self._norm, self.spec.eps)

@@ -1,9 +1,9 @@
 """`CudaOps`: the fast implementation of `disagg.model.ops.Ops` on NVIDIA GPUs, in Triton and cuBLAS.
 
-Few rows are bound by reading the weights: kernels of our own (ops_cuda_linear.py), five a layer. Many rows are bound
-by arithmetic: cuBLAS, with the residual added by the product itself. Attention: ops_cuda_decode.py for sequences with
-one new token, ops_cuda_prefill.py for chunks. Nothing waits for the device, and a step of decodes alone can be
-captured in a CUDA graph.
+A single row is bound by reading the weights: kernels of our own (ops_cuda_linear.py), five a layer. Some rows: ours
+where a residual is added, else cuBLAS. Many rows are bound by arithmetic: cuBLAS, with the residual added by the
+product itself. Attention: ops_cuda_decode.py for sequences with one new token, ops_cuda_prefill.py for chunks. Nothing
+waits for the device, and a step of decodes alone can be captured in a CUDA graph.
 
 A row's result may differ in the last bits between batches of different padded size, because sums are cut differently.
 """
@@ -19,11 +19,11 @@ from torch.nn.functional import linear
 
 from disagg.model.ops import Decoder, LayerWeights, Linear, Rope, Step
 from disagg.model.ops_cuda_decode import Fused, attend_decodes
-from disagg.model.ops_cuda_linear import Extras, small_product
+from disagg.model.ops_cuda_linear import MAX_ROWS, Extras, small_product
 from disagg.model.ops_cuda_prefill import attend_chunks
 from disagg.model.ops_cuda_rows import add_rms_norm, rotate_and_store, silu_mul
 
-_SMALL_ROWS = 16  # up to here our kernels beat cuBLAS: bench/gpu_ops.py
+_SMALL_ROWS = 16  # up to here our product with a residual beats cuBLAS's: bench/gpu_products.py
 _COUNTERS = 1 << 16  # sequences x key/value heads of one step
 
 
@@ -121,8 +121,8 @@ class CudaOps:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
-    """x [T, K] @ weight [N, K] transposed + bias, in the dtype of x or `out_dtype`."""
-    if len(x) <= _SMALL_ROWS:
+    """x [T, K] @ weight [N, K] transposed + bias, in the dtype of x or `out_dtype`; ours wins on wide ones."""
+    if len(x) <= MAX_ROWS:
         return small_product(x, weight, Extras(bias=bias), out_dtype)
     if out_dtype in (None, x.dtype):
         return linear(x, weight, bias)
@@ -132,7 +132,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dty
 
 def extended_product(x: Tensor, weight: Tensor, extras: Extras) -> Tensor:
     """A product of the normed x, gated or not; see Extras, whose residual is not used here."""
-    if len(x) <= _SMALL_ROWS:
+    if len(x) == 1:
         return small_product(x, weight, extras)
     if extras.norm is not None:
         x, _ = add_rms_norm(x, None, extras.norm, extras.eps)

@@ -21,7 +21,7 @@ from disagg.model.ops import Rope, Step
 from disagg.model.ops_cuda_jit import after_previous, kernel, launch, overlaps
 
 _MAX_PARTS = 32
-_MIN_TILE = 16  # rows of a tensor core's tile
+_MIN_TILE = 16  # rows, and inputs, of a tensor core's tile
 
 
 class DecodeTile(NamedTuple):
@@ -29,8 +29,9 @@ class DecodeTile(NamedTuple):
 
     keys: int = 64  # of one turn of the loop
     warps: int = 4
-    stages: int = 2
+    stages: int = 5  # the least with which Triton fetches a turn's keys while another's are used: pages come first
     programs: int = 264  # that fill the GPU: two for each of 132 multiprocessors
+    least: int = 1  # turns of a part: a context shorter than this for each part is cut into fewer
 
 
 _TILE = DecodeTile()
@@ -48,7 +49,7 @@ class Fused(NamedTuple):
 def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: DecodeTile = _TILE) -> int:
     """Into how many parts a context is cut: enough to fill the GPU, none shorter than a turn of the loop."""
     wanted = triton.cdiv(tile.programs, num_sequences * num_kv)
-    return max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys)))
+    return max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys * tile.least)))
 
 
 def attend_decodes(
@@ -77,8 +78,8 @@ def attend_decodes(
     launch(
         _decode_kernel, (num_sequences, num_kv, parts), source, pages, step.page_table, step.context_len, cos, sin,
         q_norm, k_norm, out, partial, peak, weight, counters, step.page_table.stride(0), layer, scale, eps,
-        NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, HALF_BLOCK=triton.next_power_of_2(size // 2),
-        PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts,
+        NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, HALF_BLOCK=max(_MIN_TILE, triton.next_power_of_2(size // 2)),
+        PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts, LEAST=tile.least,
         PARTS_BLOCK=triton.next_power_of_2(parts),
         GROUP_BLOCK=max(_MIN_TILE, triton.next_power_of_2(num_heads // num_kv)), FUSED=fused is not None,
         HAS_ROPE=rope is not None, HAS_NORM=q_norm is not None, STAGES=tile.stages, warps=tile.warps,
@@ -91,7 +92,7 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
     source, pages, page_table, context_len, cos, sin, q_norm, k_norm,
     out, partial, peak, weight, counters, table_width, layer, scale, eps,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
     PARTS_BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, FUSED: tl.constexpr, HAS_ROPE: tl.constexpr,
     HAS_NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -117,7 +118,7 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
 
     past = length - 1 if FUSED else length  # keys to be read
     turns = tl.cdiv(past, KEYS)
-    turns_of_part = tl.maximum(tl.cdiv(turns, PARTS), 1)
+    turns_of_part = tl.maximum(tl.cdiv(turns, PARTS), LEAST)
     parts = tl.maximum(tl.cdiv(turns, turns_of_part), 1)  # that have something to read
     if part >= parts:
         return
@@ -185,9 +186,9 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
         )
         score = tl.dot(q_first, keys_first, input_precision="ieee")
         score = tl.dot(q_second, keys_second, score, input_precision="ieee")
-        score = tl.where(known[None, :], score * scale_2, float("-inf"))
-        higher = tl.maximum(highest, tl.max(score, axis=1))
-        share = tl.exp2(score - higher[:, None])
+        score = tl.where(known[None, :], score, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, axis=1) * scale_2)
+        share = tl.exp2(score * scale_2 - higher[:, None])
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(share, axis=1)
         result = tl.dot(share.to(values.dtype), values, result * fade[:, None], input_precision="ieee")

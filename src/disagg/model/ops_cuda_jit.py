@@ -10,40 +10,85 @@ Parameters of a kernel are pointers and numbers, typed by its compiler; only `tl
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run as Python on the CPU: slow, and right; for tests without a GPU."""
 
-_NOT_SPECIALIZED = ("layer", "rows", "num_sequences", "table_width")  # change from step to step: compile once for all
+# what changes from step to step, or lies where the step's other tensors leave room: compile once for all
+_NUMBERS = ("layer", "rows", "first", "num_sequences", "table_width")
+_TENSORS = ("page_table", "query_start", "context_len", "positions", "slots")
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on first use, for each set of `tl.constexpr` values; cached on disk by Triton."""
-    return triton.jit(function, do_not_specialize=[name for name in _NOT_SPECIALIZED if name in _names(function)])
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in _NUMBERS if name in names],
+        do_not_specialize_on_alignment=[name for name in _TENSORS if name in names],
+    )
 
 
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return function.__code__.co_varnames[: function.__code__.co_argcount]
-
-
+@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on a device may start early."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+class _Compiled(NamedTuple):
+    """A compiled kernel as the driver takes it."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    constants: tuple[Any, ...]  # a launch wants a value for each parameter, used or not
+
+
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+
 def launch(function: Any, grid: tuple[int, ...], *args: Any, early: bool, warps: int = 4, **constants: Any) -> None:
-    """Run a kernel whose last constant is EARLY; `early` starts it before the kernel before it has ended."""
-    options: dict[str, Any] = {"num_warps": warps}
-    if early:
-        options["launch_pdl"] = True
-    function[grid](*args, **constants, EARLY=early, **options)
+    """Run a kernel whose last constant is EARLY; `early` starts it before the kernel before it has ended.
+
+    Triton looks a kernel up anew at each launch, and takes longer for it than a small kernel runs. So what it finds is
+    kept here, by all that it would compile for: the constants, the types, and how pointers and numbers divide.
+    """
+    if INTERPRETED:
+        function[grid](*args, **constants, EARLY=early)
+        return
+    device = torch.cuda.current_device()
+    values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    traits = tuple([_trait(arg, value) for arg, value in zip(args, values, strict=True)])
+    key = (id(function), device, early, warps, *constants.values(), traits)
+    found = _compiled.get(key)
+    if found is None:
+        options: dict[str, Any] = {"launch_pdl": True} if early else {}
+        made = function[grid](*args, **constants, EARLY=early, num_warps=warps, **options)
+        by_name = constants | {"EARLY": early}
+        in_order = tuple(by_name[name] for name in function.arg_names[len(args) :])
+        _compiled[key] = _Compiled(made.run, made.function, made.packed_metadata, in_order)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *values, *found.constants)
+
+
+def _trait(arg: Any, value: Any) -> Any:
+    """What Triton compiles for, of one argument; at least as fine as its own distinction."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, value % 16 == 0
+    if isinstance(arg, int):
+        return value == 1, value % 16 == 0, value.bit_length() > 31
+    return type(arg)
 
 
 @kernel

@@ -1,8 +1,9 @@
 """Products of few rows with a weight, for `CudaOps`: bound by the bytes of the weight, which is read once.
 
-While a GPU waits for a weight it can do more at no cost, so these kernels also norm their input, add a residual, and
-join gate and up: a layer of decoding is five kernels instead of ten. Sums are float32. Every output is the work of one
-program and is summed in the same order in any batch of the same padded size.
+While a GPU waits for a weight it can do more at no cost, so these kernels also add a residual and join gate and up,
+and that of a single row norms its input: a layer of decoding is five kernels instead of ten. (With more rows each
+program would norm all of them again, which costs more than a kernel of its own.) Sums are float32. Every output is the
+work of one program and is summed in the same order in any batch of the same padded size.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from disagg.model.ops_cuda_jit import INTERPRETED, after_previous, kernel, launch, overlaps
+from disagg.model.ops_cuda_rows import add_rms_norm
 
 _LINE = tl.constexpr(64)  # numbers of two bytes in a line of the cache
 MAX_ROWS = 64
 """Most rows the kernels are written for."""
+_WIDE = 65536  # outputs: a vocabulary
 
 
 class Tile(NamedTuple):
@@ -51,18 +54,21 @@ def small_product(
     tile, early = tile or _tile(rows, num_out, depth, extras.gated), overlaps(x.device)
     flags: dict[str, Any] = {
         "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "STAGES": tile.stages, "EVEN": depth % tile.inputs == 0,
-        "AHEAD": _ahead(tile.ahead, depth) if early else 0,
-        "HAS_NORM": extras.norm is not None, "HAS_BIAS": extras.bias is not None,
-        "HAS_RESIDUAL": extras.residual is not None, "GATED": extras.gated, "early": early,
-        "warps": tile.warps,
+        "AHEAD": _ahead(tile.ahead, depth) if early else 0, "HAS_BIAS": extras.bias is not None,
+        "HAS_RESIDUAL": extras.residual is not None, "GATED": extras.gated, "early": early, "warps": tile.warps,
     }  # fmt: skip
-    tensors = (x, weight, extras.norm, extras.bias, extras.residual, out)
+    beside = (extras.bias, extras.residual, out)
     grid = (triton.cdiv(num_out, tile.outputs),)
     if rows == 1:
-        launch(_vector_kernel, grid, *tensors, num_out, depth, extras.eps, **flags)
+        normed = extras.norm is not None
+        launch(
+            _vector_kernel, grid, x, weight, extras.norm, *beside, num_out, depth, extras.eps, HAS_NORM=normed, **flags
+        )
     else:
+        if extras.norm is not None:
+            x, _ = add_rms_norm(x, None, extras.norm, extras.eps)
         padded = max(16, triton.next_power_of_2(rows))
-        launch(_matrix_kernel, grid, *tensors, rows, num_out, depth, extras.eps, ROWS=padded, **flags)
+        launch(_matrix_kernel, grid, x, weight, *beside, rows, num_out, depth, ROWS=padded, **flags)
     return out
 
 
@@ -73,13 +79,20 @@ def _ahead(wanted: int, depth: int) -> int:
 
 
 def _tile(rows: int, num_out: int, depth: int, gated: bool) -> Tile:
+    """The best of bench/gpu_products.py --sweep on an H100."""
     if INTERPRETED:
         return Tile(32, 64, 1, 1)
     if rows == 1:
-        return Tile(4 if gated else 8, 512, 4, 3)
+        if depth < 4096:
+            return Tile(4, 512, 4, 3, 4096)
+        return Tile(2, 1024, 4, 3) if gated or depth > 8192 else Tile(4, 1024, 4, 3, 1024)
+    if rows > 32:
+        return Tile(32 if gated else 64, 128, 4, 3)
     if rows > 16:
-        return Tile(16 if gated else 32, 128, 4, 3)
-    return Tile(16 if gated else 32, 256, 4, 3)
+        return Tile(32 if gated else 64, 128, 4, 4)
+    if num_out > _WIDE:
+        return Tile(64, 256, 4, 3)
+    return Tile(32, 128, 4, 4) if gated else Tile(16, 256, 2, 4)
 
 
 @kernel
@@ -132,9 +145,9 @@ def _vector_kernel(
 
 @kernel
 def _matrix_kernel(
-    x, weight, norm, bias, residual, out, rows, num_out, depth, eps,
+    x, weight, bias, residual, out, rows, num_out, depth,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    AHEAD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """ROWS x OUTPUTS numbers, on tensor cores. `rows` of the ROWS are real."""
@@ -146,7 +159,6 @@ def _matrix_kernel(
     lane = tl.arange(0, INPUTS)
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
     total_up = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    square = tl.zeros([ROWS, INPUTS], tl.float32)
     up_weight = weight + num_out.to(tl.int64) * depth
     if AHEAD > 0:
         _fetch_ahead(weight, output, num_out, depth, AHEAD)
@@ -156,18 +168,10 @@ def _matrix_kernel(
     for begin in tl.range(0, depth, INPUTS, num_stages=STAGES):
         k = begin + lane
         value = tl.load(x + row[:, None] * depth + k[None, :], mask=real & (k[None, :] < depth), other=0.0)
-        if HAS_NORM:
-            wide = value.to(tl.float32)
-            square += wide * wide
-            value = (wide * _at(norm + k, k, depth, EVEN).to(tl.float32)[None, :]).to(value.dtype)
         at, known = start + k[:, None], k[:, None]
         total = tl.dot(value, _at(weight + at, known, depth, EVEN), total, input_precision="ieee")
         if GATED:
             total_up = tl.dot(value, _at(up_weight + at, known, depth, EVEN), total_up, input_precision="ieee")
-    if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(square, axis=1) / depth + eps)[:, None]
-        total *= scale
-        total_up *= scale
     if HAS_BIAS:
         total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
         if GATED:

@@ -51,8 +51,8 @@ def attend_chunks(
     # every sequence's last tile may be a partial one
     grid = (num_kv, (len(q) - first) // tokens + num_sequences)
     launch(
-        _prefill_kernel, grid, q, pages, step.page_table[first:], step.query_start[first:], step.context_len[first:],
-        out, num_sequences, step.page_table.stride(0), layer, scale,
+        _prefill_kernel, grid, q, pages, step.page_table, step.query_start, step.context_len, out, first,
+        num_sequences, step.page_table.stride(0), layer, scale,
         NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, SIZE_BLOCK=triton.next_power_of_2(size), PAGE_SIZE=page_size,
         PAGE_STRIDE=pages.stride(0), TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
         warps=tile.warps, early=overlaps(q.device),
@@ -61,7 +61,7 @@ def attend_chunks(
 
 @kernel
 def _prefill_kernel(
-    q, pages, page_table, query_start, context_len, out, num_sequences,
+    q, pages, page_table, query_start, context_len, out, first, num_sequences,
     table_width, layer, scale,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -73,10 +73,11 @@ def _prefill_kernel(
     KV_STRIDE: tl.constexpr = NUM_KV * PAGE_SIZE * SIZE
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles see most keys: start with them
+    query_start += first
     sequence = _sequence_of(tile, query_start, num_sequences, TOKENS)
     begin = tl.load(query_start + sequence)
     num_rows = tl.load(query_start + sequence + 1) - begin
-    context = tl.load(context_len + sequence)
+    context = tl.load(context_len + first + sequence)
     first_token = (tile - (begin - tl.load(query_start)) // TOKENS - sequence) * TOKENS
     if first_token >= num_rows:
         return
@@ -94,7 +95,7 @@ def _prefill_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, SIZE_BLOCK], tl.float32)
-    table = page_table + sequence.to(tl.int64) * table_width
+    table = page_table + (first + sequence).to(tl.int64) * table_width
     base = pages + layer * (2 * KV_STRIDE) + kv_head * (PAGE_SIZE * SIZE)
     scale_2 = scale * 1.4426950408889634  # log2(e): exp2 is what the hardware has
 
@@ -149,11 +150,11 @@ def _turn(
     else:
         keys = tl.load(at)
         values = tl.load(at + KV_STRIDE)
-    score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_2
+    score = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if MASKED:
         score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
-    higher = tl.maximum(highest, tl.max(score, axis=1))
-    share = tl.exp2(score - higher[:, None])
+    higher = tl.maximum(highest, tl.max(score, axis=1) * scale_2)
+    share = tl.exp2(score * scale_2 - higher[:, None])  # one instruction before exp2
     fade = tl.exp2(highest - higher)
     total = total * fade + tl.sum(share, axis=1)
     result = tl.dot(share.to(values.dtype), values, result * fade[:, None], input_precision="ieee")
