@@ -18,6 +18,8 @@ HAS_GPU = torch.cuda.is_available()
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="needs a GPU, or Triton's interpreter")
 DEVICE = "cuda" if HAS_GPU else "cpu"
+# Triton's interpreter turns one-element arrays into numbers in a way that numpy is about to forbid
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 
 def choice(rows: list[SamplingParams], numbers: torch.Tensor, device: str = "cpu") -> Choice:
