@@ -7,6 +7,8 @@ device never waits for the host:
 
     host      plan 2  launch 2 | collect 1, commit 1, report | plan 3  launch 3 | collect 2, commit 2 ...
     device    ... step 1 ......| step 2 ..................................| step 3 ...
+
+The price: a prompt that arrives waits for up to two steps, the one that runs and the one queued behind it.
 """
 
 import math
