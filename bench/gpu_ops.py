@@ -281,10 +281,16 @@ PREFILLS = [[(2048, 2048)] * 4, [(512, 4096)] * 4, [(128, 128)]]
 
 def compile_tiles() -> None:
     """Fill Triton's cache: each job runs a kernel once, in a process of its own."""
-    jobs = [(name, title, tile) for name in MODELS for title in DECODES for tile in DECODE_TILES]
-    prefills = [("qwen3-8b", None, tile) for tile in PREFILL_TILES]
+    from disagg.model.ops_cuda_decode import DecodeTile, parts_of
+
+    jobs: dict[tuple[object, ...], tuple[str, str | None, tuple[int, ...]]] = {}
+    for tile in PREFILL_TILES:
+        jobs[tile] = ("qwen3-8b", None, tile)
+    for (name, shape), (title, sequences), tile in itertools.product(MODELS.items(), DECODES.items(), DECODE_TILES):
+        parts = parts_of(len(sequences), shape.kv_heads, 4096, DecodeTile(*tile))  # compiled for each number of them
+        jobs[(name, parts, *tile)] = (name, title, tile)
     with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile_tile, [*prefills, *jobs], chunksize=2))
+        list(pool.map(_compile_tile, jobs.values(), chunksize=2))
 
 
 def _compile_tile(job: tuple[str, str | None, tuple[int, ...]]) -> None:
