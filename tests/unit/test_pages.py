@@ -32,6 +32,17 @@ def test_pages_are_given_out_ascending_lowest_first() -> None:
     assert pool.allocate(5) == [1, 2, 3, 4, 6]
 
 
+def test_the_first_run_that_is_long_enough_is_taken() -> None:
+    """A hole that is too short stays for smaller requests; where none is long enough, few long runs are taken."""
+    pool = PagePool(12, 16)
+    pool.allocate(12)
+    pool.release([0, 1, 4, 5, 6, 9])
+    assert pool.allocate(3) == [4, 5, 6]
+    assert pool.allocate(1) == [0]
+    pool.release([4, 5, 6])
+    assert pool.allocate(4) == [1, 4, 5, 6]
+
+
 def test_short_pool_answers_none_and_changes_nothing() -> None:
     """An allocation is whole or not at all."""
     pool = PagePool(4, 16)
@@ -140,9 +151,9 @@ def test_check_compares_references_with_users() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda pool: pool._free.append(0),
-        lambda pool: pool._free.pop(),
-        lambda pool: pool._free.append(pool._free[0]),
+        lambda pool: pool._is_free.__setitem__(0, 1),
+        lambda pool: pool._is_free.__setitem__(3, 0),
+        lambda pool: pool._give_back(3),
         lambda pool: pool._cached.update({0: None}),
         lambda pool: pool._page_of.update({content(7): 1}),
         lambda pool: pool._users.__setitem__(3, -1),

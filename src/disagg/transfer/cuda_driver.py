@@ -1,8 +1,9 @@
 """The calls of the CUDA driver that the cuda_ipc transport needs and torch does not offer, each result checked.
 
 Bound with ctypes to libcuda.so.1, whose entry points keep their names and meanings (`_v2` is another entry point): no
-compiler, no further package. ctypes drops the GIL during a call. Source: NVIDIA's CUDA Driver API reference, modules
-Memory Management, Stream Management, Event Management and Peer Context Memory Access.
+compiler, no further package. The GIL is dropped during a call, unless the call is over in a microsecond: getting it
+back from a busy engine thread takes longer. Source: NVIDIA's CUDA Driver API reference, modules Memory Management,
+Stream Management, Event Management and Peer Context Memory Access.
 
 Devices are numbers from 0 as this process sees them (CUDA_VISIBLE_DEVICES applies), addresses and handles plain ints.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from disagg.errors import DisaggError
 
 _NON_BLOCKING = 1  # stream: no implicit order with the default stream
-_BLOCKING_SYNC = 1  # event: a waiting thread sleeps instead of spinning
+_SPIN = 0  # event: a waiting thread spins; sleeping instead would end some 0.1 ms late, a third of a hand-off
 _LAZY_PEER_ACCESS = 1  # IPC: mapping another GPU's memory turns peer access on
 _STREAM_ORDER = 1  # batch of copies: sources are read in stream order
 _BESIDE_COMPUTE = 1  # likewise: prefer copy engines to multiprocessors
@@ -79,6 +80,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemcpyAsync": (c.c_uint64, c.c_uint64, c.c_size_t, c.c_void_p),
     "cuGetErrorName": (c.c_int, _Out),
 }
+_BRIEF = ("cuCtxSetCurrent", "cuEventRecord", "cuEventElapsedTime")  # called with the GIL held
 # CUDA 13; the entry point of 12.8 under the old name takes one argument more, and is done without
 _BATCH = "cuMemcpyBatchAsync_v2"
 _BATCH_SIGNATURE = (_Out, _Out, _Out, c.c_size_t, _Out, _Out, c.c_size_t, c.c_void_p)
@@ -89,14 +91,14 @@ class Driver:
 
     def __init__(self) -> None:
         try:
-            self._library = c.CDLL("libcuda.so.1")
+            self._library, brief = c.CDLL("libcuda.so.1"), c.PyDLL("libcuda.so.1")
         except OSError:
             raise CudaError("No CUDA driver (libcuda.so.1) is on this machine: use a cpu budget.") from None
-        for name, types in _SIGNATURES.items():
-            getattr(self._library, name).argtypes = types
         self.can_batch = hasattr(self._library, _BATCH)
-        if self.can_batch:
-            getattr(self._library, _BATCH).argtypes = _BATCH_SIGNATURE
+        signatures = _SIGNATURES | ({_BATCH: _BATCH_SIGNATURE} if self.can_batch else {})
+        self._functions = {name: getattr(brief if name in _BRIEF else self._library, name) for name in signatures}
+        for name, types in signatures.items():
+            self._functions[name].argtypes = types
         self._contexts: dict[int, int] = {}
         self._call("cuInit", 0)
 
@@ -169,7 +171,7 @@ class Driver:
 
     def event(self) -> int:
         """An event with a time."""
-        return self._pointer("cuEventCreate", _BLOCKING_SYNC)
+        return self._pointer("cuEventCreate", _SPIN)
 
     def end_event(self, event: int) -> None:
         """Let an event go."""
@@ -180,7 +182,7 @@ class Driver:
         self._call("cuEventRecord", event, stream)
 
     def wait(self, event: int) -> None:
-        """Sleep until the event has happened."""
+        """Return once the event has happened. Keeps a core busy until then, but not the GIL."""
         self._call("cuEventSynchronize", event)
 
     def seconds_between(self, first: int, second: int) -> float:
@@ -217,9 +219,9 @@ class Driver:
         return self._contexts[device]
 
     def _call(self, name: str, *arguments: Any, fine: tuple[int, ...] = (0,)) -> None:
-        if (code := getattr(self._library, name)(*arguments)) not in fine:
+        if (code := self._functions[name](*arguments)) not in fine:
             text = c.c_char_p()
-            self._library.cuGetErrorName(code, c.byref(text))
+            self._functions["cuGetErrorName"](code, c.byref(text))
             raise CudaError(f"{name} failed: {(text.value or b'unknown error').decode()} ({code}).")
 
     def _pointer(self, name: str, *arguments: Any) -> int:

@@ -2,7 +2,8 @@
 
 The pool is one allocation of its own; its address carries a CUDA IPC handle, by which a peer of the same user maps it.
 A pull merges runs of neighbouring pages and hands all of them to the driver in one call, on a stream that nothing else
-uses, so neither the engine's thread nor its kernels wait. A thread sleeps until the copies are done.
+uses, so neither the engine's thread nor its kernels wait. A thread waits until the copies are done: it spins, which
+costs a core while pages are on their way (0.2 ms for 300 MB on one GPU) and nothing in between.
 
 Nothing orders a pull against the kernels on either side, and nothing has to. Whoever announces a page has seen the end
 of the step that wrote it, not only launched it; and a page is free for reservation when no launched step can touch it
@@ -177,7 +178,7 @@ class CudaIpcTransport:
         return len(order.ours) * page_bytes, end - took_s, end
 
     def _timed(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> float:
-        """Copy, and sleep until it is done; returns how long the device took, in seconds."""
+        """Copy, and wait until it is done; returns how long the device took, in seconds."""
         cuda = self._cuda
         cuda.enter(self._device)
         cuda.record(self._begun, self._stream)
