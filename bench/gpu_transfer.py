@@ -7,7 +7,7 @@ pages cross the link as well. Every pull's bytes are checked before any time is 
 The second part replays a CUDA graph of Qwen3-8B's matrix products for 32 tokens, as a decoding worker does, alone and
 with a 2,048-token prompt pulled now and then, in turns: the difference is the stall.
 
-    python bench/gpu_transfer.py [--pages 128] [--page-bytes 2359296] [--out FILE]
+    python bench/gpu_transfer.py [--pages 128] [--page-bytes 2359296] [--owners 1] [--out FILE]
 
 prints tables, then one JSON line, which --out keeps. A page of 2359296 bytes is 16 tokens of Qwen3-8B in bf16.
 """
@@ -28,7 +28,7 @@ from disagg.transfer.cuda_ipc import CudaIpcTransport
 
 HOME = 0  # the GPU that pulls
 PATTERNS = ("one piece", "runs of 16", "scattered")
-REPEATS, STEPS, STEPS_A_PULL = 20, 400, 20
+REPEATS, STEPS, STEPS_A_PULL = 20, 400, 4
 LAYERS, ROWS = 36, 32
 SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # of a layer of Qwen3-8B: qkv, out, gate_up, down
 
@@ -162,7 +162,11 @@ def decode_graph() -> torch.cuda.CUDAGraph:
 
 
 def stall(reader: Reader, graph: torch.cuda.CUDAGraph, count: int) -> dict:
-    """Step times alone and with a pull every STEPS_A_PULL steps, in turns; extra milliseconds a pull costs in all."""
+    """Step times alone and with a pull at every STEPS_A_PULL-th step, in turns.
+
+    The stall of a pull is how much longer its step took than the median step without; the mean counts all steps, so that
+    what a pull does to later steps is in it, too.
+    """
     pages = numbers("scattered", count)
     done = torch.cuda.Event()
 
@@ -189,10 +193,12 @@ def stall(reader: Reader, graph: torch.cuda.CUDAGraph, count: int) -> dict:
         found |= {f"{name}_{key}_ms": value for key, value in zip(
             ("p50", "p99", "max"), [*np.percentile(times, [50, 99]).tolist(), max(times)], strict=True
         )}  # fmt: skip
-    num_pulls = 4 * -(-(STEPS // 4) // STEPS_A_PULL)
-    found["stall_a_pull_ms"] = (sum(beside) - sum(alone)) / num_pulls
     hit = [time for index, time in enumerate(beside) if index % (STEPS // 4) % STEPS_A_PULL == 0]
-    found["worst_stall_ms"] = max(hit) - found["alone_p50_ms"]
+    late = np.array(hit) - found["alone_p50_ms"]
+    found["pulls"] = len(hit)
+    found["stall_mean_ms"] = (sum(beside) - sum(alone)) / len(hit)
+    found["stall_p50_ms"], found["stall_p99_ms"] = np.percentile(late, [50, 99]).tolist()
+    found["stall_worst_ms"] = late.max().item()
     return found
 
 
@@ -211,7 +217,9 @@ def measure(device: int, counts: list[int], stalled: int, page_bytes: int) -> di
             f"{row['arrived_ms']:12.3f}{row['worst_arrived_ms']:8.3f}{row['call_us']:9.1f}{row['plain_copy_ms']:15.3f}"
         )
     felt = stall(reader, decode_graph(), stalled)
-    print("decode steps: " + ", ".join(f"{name.replace('_', ' ')} {ms:.3f}" for name, ms in felt.items()))
+    for kind in ("alone", "beside", "stall"):
+        shown = (f"{name.removeprefix(kind)[1:-3]} {ms:.3f}" for name, ms in felt.items() if name.startswith(kind))
+        print(f"decode step, ms, {kind}: {', '.join(shown)}" + (f" over {felt['pulls']} pulls" * (kind == "stall")))
     reader.close()
     torch.cuda.empty_cache()
     return {"where": where, "path": path, "copies": rows, "decode": felt}
@@ -221,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pages", type=int, default=128, help="of the middle length; a fourth and four times as many")
     parser.add_argument("--page-bytes", type=int, default=2_359_296)
+    parser.add_argument("--owners", type=int, nargs="+", help="GPUs to pull from (default: 0, and 1 if it is there)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--own", nargs=3, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -234,7 +243,8 @@ def main() -> None:
     counts = [max(1, options.pages // 4), options.pages, options.pages * 4]
     names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
     print(f"{len(names)} x {names[0]}, torch {torch.__version__}, one call for many pages: {driver().can_batch}")
-    places = [measure(device, counts, options.pages, options.page_bytes) for device in range(min(2, len(names)))]
+    owners = options.owners or range(min(2, len(names)))
+    places = [measure(device, counts, options.pages, options.page_bytes) for device in owners]
     found = {
         "benchmark": "gpu_transfer", "devices": names, "torch": torch.__version__, "page_bytes": options.page_bytes,
         "batch_call": driver().can_batch, "command": " ".join(sys.argv), "places": places,
