@@ -164,8 +164,8 @@ def decode_graph() -> torch.cuda.CUDAGraph:
 def stall(reader: Reader, graph: torch.cuda.CUDAGraph, count: int) -> dict:
     """Step times alone and with a pull at every STEPS_A_PULL-th step, in turns.
 
-    The stall of a pull is how much longer its step took than the median step without; the mean counts all steps, so that
-    what a pull does to later steps is in it, too.
+    The stall of a pull is how much longer its step took than the median step without; the mean counts all steps, so
+    that what a pull does to later steps is in it, too.
     """
     pages = numbers("scattered", count)
     done = torch.cuda.Event()
