@@ -43,7 +43,7 @@ class Ordinary:
     )  # fmt: skip
 
     def __init__(self, options):
-        self.world = World(self.names, **self.options[options % len(self.options)])
+        self.world = World(self.names, **self.options[options])
 
     def submit(self, a, b):
         """A request, often with the beginning of another; some end with their first token."""
@@ -193,7 +193,7 @@ COMMON = {
 def test_any_history_ends_well(kind):
     """Every page accounted for after every step; at the end one outcome each, right tokens, pools at baseline."""
 
-    @given(st.integers(0, 3), st.binary(min_size=45, max_size=120))
+    @given(st.integers(0, len(kind.options) - 1), st.binary(min_size=45, max_size=120))
     @settings(max_examples=HISTORIES or 2_500, **COMMON)
     def run(options, history):
         fate = kind(options)
@@ -224,7 +224,7 @@ def machine(kind):
             self.fate.world.drain()
 
     rules = {name: step(name) for name in dict.fromkeys(kind.steps)}
-    start = initialize(options=st.integers(0, 3))(start)
+    start = initialize(options=st.integers(0, len(kind.options) - 1))(start)
     made = type(f"{kind.__name__}Machine", (RuleBasedStateMachine,), {**rules, "start": start, "teardown": teardown})
     made.TestCase.settings = settings(max_examples=HISTORIES or 100, stateful_step_count=20, **COMMON)
     return made.TestCase
