@@ -21,6 +21,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,8 @@ def line(found: dict) -> str:
     )
 
 
-def serve(options: argparse.Namespace, folder: str) -> dict:
+def serve(options: argparse.Namespace, folder: str, keep: Callable[[dict], None]) -> None:
+    """All points; `keep` is given everything found so far after each one, so that no interruption takes it away."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
     budget = Budget.parse(options.budget, cores)
     most = max(len(ROLES[arm]) for arm in options.arms)
@@ -145,14 +147,14 @@ def serve(options: argparse.Namespace, folder: str) -> dict:
         heads = (("arm", 6), ("req/s", 6), ("ok", 10), ("TTFT p50/p90/p99 ms", 24), ("TPOT", 20), ("ITL", 20))
         heads = (*heads, ("400/10", 9), ("400/15", 9), ("tok/s", 8))
         print("".join(f"{name:>{width}}" for name, width in heads) + "  hand-off copy ms")
-        points = []
+        found = {"ready_s": ready_s, "kv_tokens": capacity, "canary": sung, "points": []}
         for rate in options.rates:
             workload = draw(rate, options.seconds, options.prompt, options.output)
             for arm in options.arms:
-                points.append(point(arm, workload, *play(cluster, arm, workload)))
-                print(line(points[-1]), flush=True)
-        audit = [report.fault for report in cluster.audit() if report.fault]
-    return {"ready_s": ready_s, "kv_tokens": capacity, "canary": sung, "points": points, "faults": audit}
+                found["points"].append(point(arm, workload, *play(cluster, arm, workload)))
+                print(line(found["points"][-1]), flush=True)
+                keep(found)
+        keep(found | {"faults": [report.fault for report in cluster.audit() if report.fault]})
 
 
 def devices() -> dict:
@@ -177,15 +179,21 @@ def main() -> None:
     options = parser.parse_args()
     if len({len(ROLES[arm]) for arm in options.arms}) > 1:
         parser.error("arms that share workers need equally many: 2C and 1P1D, or 1C alone")
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(options.model, folder)
-        found = serve(options, folder)
     described = {name: value for name, value in vars(options).items() if name != "out"}
-    text = json.dumps({"benchmark": "gpu_serving", "command": " ".join(sys.argv), **devices(), **described, **found})
-    print(text)
+    described |= {"benchmark": "gpu_serving", "command": " ".join(sys.argv), **devices()}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+
+    def keep(found: dict) -> None:
+        text = json.dumps(described | found)
+        if options.out:
+            options.out.write_text(text + "\n")
+        if "faults" in found:
+            print(text)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(options.model, folder)
+        serve(options, folder, keep)
 
 
 if __name__ == "__main__":

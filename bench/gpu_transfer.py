@@ -164,8 +164,8 @@ def decode_graph() -> torch.cuda.CUDAGraph:
 def stall(reader: Reader, graph: torch.cuda.CUDAGraph, count: int) -> dict:
     """Step times alone and with a pull at every STEPS_A_PULL-th step, in turns.
 
-    The stall of a pull is how much longer its step took than the median step without; the mean counts all steps, so
-    that what a pull does to later steps is in it, too.
+    The stall of a pull is how much longer its step took than the steps without (the mean; else their median). Whether
+    later steps feel it, too, is in the median of `beside`: most of those steps have no pull.
     """
     pages = numbers("scattered", count)
     done = torch.cuda.Event()
@@ -196,7 +196,7 @@ def stall(reader: Reader, graph: torch.cuda.CUDAGraph, count: int) -> dict:
     hit = [time for index, time in enumerate(beside) if index % (STEPS // 4) % STEPS_A_PULL == 0]
     late = np.array(hit) - found["alone_p50_ms"]
     found["pulls"] = len(hit)
-    found["stall_mean_ms"] = (sum(beside) - sum(alone)) / len(hit)
+    found["stall_mean_ms"] = float(np.mean(hit) - np.mean(alone))
     found["stall_p50_ms"], found["stall_p99_ms"] = np.percentile(late, [50, 99]).tolist()
     found["stall_worst_ms"] = late.max().item()
     return found
