@@ -109,3 +109,15 @@ def test_reading_while_another_thread_adds():
         recent.add(record([float(i % 300)]), float(i % 300))
     reader.join()
     assert failures == []
+
+
+def test_the_usual_gap_is_right_from_the_start():
+    """The first end says nothing of gaps, the second is taken as it is, then they are averaged; failures do not count."""
+    recent = Recent()
+    recent.add(record([1e6]), 1e6)
+    assert recent.end_gap_s == 0
+    recent.add(record([], finish_reason="error"), 1e6 + 1)
+    recent.add(record([1e6]), 1e6 + 2)
+    assert recent.end_gap_s == 2
+    recent.add(record([1e6]), 1e6 + 3)
+    assert recent.end_gap_s == pytest.approx(1.9)

@@ -140,12 +140,12 @@ class Recent:
     """The last minutes. Latencies come from Records, so those of a request appear when it is over.
 
     May be read from another thread than the one that adds.
-    `end_gap_s`: the usual time between two requests that ended well, a running average.
+    `end_gap_s`: the usual time between two requests that ended well, a running average; 0 before there were two.
     """
 
     def __init__(self) -> None:
         self.end_gap_s = 0.0
-        self._last_end_at = 0.0
+        self._last_end_at: float | None = None
         self._rows: deque[Row] = deque(maxlen=_ROWS)
         self._steps: dict[int, _Step] = {}
         self._lock = threading.Lock()
@@ -153,8 +153,7 @@ class Recent:
     def add(self, record: Record, now: float) -> None:
         """A request ended at `now`."""
         if record.ok:
-            gap_s, self._last_end_at = now - self._last_end_at, now
-            self.end_gap_s += 0.1 * (min(gap_s, _LONGEST_GAP_S) - self.end_gap_s)
+            self._note_end(now)
         with self._lock:
             self._rows.appendleft(_row(record, now))
             self._step(now).ended += 1
@@ -165,6 +164,13 @@ class Recent:
                 if _place(at) != place:  # looked up once a step, not once a token
                     place, step = _place(at), self._step(at)
                 step.itl.add(gap_s)
+
+    def _note_end(self, now: float) -> None:
+        """The first gap counts as it is: an average that began at nothing would take long to come near it."""
+        if self._last_end_at is not None:
+            gap_s = min(now - self._last_end_at, _LONGEST_GAP_S)
+            self.end_gap_s += (0.1 if self.end_gap_s else 1.0) * (gap_s - self.end_gap_s)
+        self._last_end_at = now
 
     def deliver(self, num_tokens: int, now: float) -> None:
         """Clients got so many tokens at `now`."""
