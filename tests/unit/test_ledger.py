@@ -182,3 +182,10 @@ def test_every_end_is_told_once():
     ledger.close("a", FinishReason.ABORT)
     ledger.close("a", FinishReason.ABORT)
     assert [(record.request_id, record.finish_reason) for record in seen] == [("a", "abort")]
+
+
+def test_every_counter_is_there_from_the_start():
+    """Who reads the counters need not know which of them has happened yet."""
+    assert Ledger().counts == dict.fromkeys(
+        ("started", "done", "failed", "expired", "aborted", "retried", "refused"), 0
+    )

@@ -98,14 +98,16 @@ class Live:
 class Ledger:
     """All live requests. `over` is told the complete Record of each that ends, once, however it ends.
 
-    `counts`: started == done + failed + expired + aborted + len(ledger); and how many were retried.
+    `counts`: started == done + failed + expired + aborted + len(ledger); how many were retried; and how many were
+    `refused`, that is never opened, which the caller counts.
     """
 
     def __init__(self, over: Callable[[Record], None] = lambda record: None) -> None:
         self._live: dict[str, Live] = {}
         self._over = over
         self._deadlines: list[tuple[float, str]] = []  # a heap; requests that have none are not in it
-        self.counts: Counter[str] = Counter(started=0, done=0, failed=0, expired=0, aborted=0, retried=0)
+        names = ("started", "done", "failed", "expired", "aborted", "retried", "refused")
+        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
 
     def __len__(self) -> int:
         return len(self._live)
