@@ -181,12 +181,17 @@ class SLO(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> "SLO":
-        """`ttft=200ms,tpot=50ms`; a bare number is seconds. Raises InputError."""
+        """`ttft=200ms,tpot=50ms`; a bare number is seconds. Raises InputError, also when no limit is named."""
         units = {"ms": 1e-3, "s": 1.0, "": 1.0}
         limits: dict[str, float] = {}
-        for part in filter(None, text.split(",")):
+        for part in text.split(","):
             match = re.fullmatch(r"\s*(ttft|tpot|e2e)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s|)\s*", part)
             if not match:
                 raise InputError(f"SLO part {part!r} is not understood: write for example ttft=200ms,tpot=0.05.")
-            limits[f"{match[1]}_s"] = float(match[2]) * units[match[3]]
+            name, limit_s = f"{match[1]}_s", float(match[2]) * units[match[3]]
+            if name in limits:
+                raise InputError(f"SLO {text!r} names {match[1]} twice: give it one limit.")
+            if limit_s == 0:
+                raise InputError(f"SLO part {part!r} cannot be met: a limit must be above 0.")
+            limits[name] = limit_s
         return cls(**limits)

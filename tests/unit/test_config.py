@@ -3,7 +3,7 @@
 import pytest
 
 from disagg.cluster import limits
-from disagg.config import Budget, Deployment, EngineSpec
+from disagg.config import SLO, Budget, Deployment, EngineSpec
 from disagg.errors import BudgetError, InputError
 from disagg.model.spec import SEED
 from disagg.transfer.cuda_driver import CudaError
@@ -93,3 +93,19 @@ def test_a_machine_without_a_driver_is_the_callers_to_mend(monkeypatch):
     monkeypatch.setattr("disagg.transfer.cuda_driver.driver", no_driver)
     with pytest.raises(BudgetError, match="cannot be used here: No CUDA driver"):
         limits.check_devices(Budget("cuda", (0,)))
+
+
+def test_limits_are_read_in_seconds():
+    """Milliseconds, seconds and bare numbers; what is not named is no limit."""
+    assert SLO.parse("ttft=200ms, tpot=0.05") == SLO(ttft_s=0.2, tpot_s=0.05)
+    assert SLO.parse("e2e=3s") == SLO(e2e_s=3.0)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("", "not understood"), (",", "not understood"), ("ttft=1,", "not understood"), ("itl=1", "not understood"),
+    ("ttft=-1", "not understood"), ("ttft=0", "above 0"), ("tpot=0.0ms", "above 0"), ("ttft=1,ttft=2", "ttft twice"),
+])  # fmt: skip
+def test_limits_that_say_nothing_are_refused(text, says):
+    """No limit at all, one that nothing can meet, or two of a kind: the sentence says which."""
+    with pytest.raises(InputError, match=says):
+        SLO.parse(text)
