@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from disagg.cluster import limits
 from disagg.cluster.cluster import Cluster, Update
 from disagg.cluster.policies import DEFAULT
 from disagg.config import Budget, Deployment, EngineSpec
@@ -107,6 +108,10 @@ class LLM:
     def _run(self, completions: list[Completion], params: list[SamplingParams]) -> Iterator[Delta]:
         prompts = [self._encode(completion.prompt) for completion in completions]
         streams = [self._text_stream(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        for prompt, each in zip(prompts, params, strict=True):  # all before any: of a long list most are sent later
+            limits.validate(
+                prompt, each, self.cluster.engine, self.cluster.info.spec.vocab_size, self.cluster.num_pages
+            )
         live: dict[str, int] = {}
         try:
             waiting = deque(enumerate(zip(prompts, params, strict=True)))

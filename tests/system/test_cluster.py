@@ -184,7 +184,7 @@ def test_a_front_end_that_is_stopped_takes_everything_with_it(number):
 
 
 @two_cores
-def test_bad_requests_are_refused_before_anything_runs():
+def test_bad_requests_are_refused_before_anything_runs(monkeypatch):
     """Too long, out of the vocabulary, not fitting into memory, no tokenizer: one sentence each, nothing started."""
     with LLM("seed", deploy="2C", budget="cpu:2", max_len=256, kv_bytes=2 * 10 * 393_216) as llm:
         for prompt, params, words in (
@@ -198,6 +198,10 @@ def test_bad_requests_are_refused_before_anything_runs():
         ):
             with pytest.raises(RequestError, match=words):
                 llm.generate([[1, 2, 3], prompt], params)
+        monkeypatch.setattr("disagg.llm._MOST_LIVE", 1)  # the bad one would be sent when the first had ended
+        with pytest.raises(RequestError, match="context"):
+            llm.generate([[1, 2, 3], [1] * 256], GREEDY)
+        assert llm.cluster.counters()["started"] == 0
         assert_idle(llm.cluster)
         assert len(llm.generate([[1, 2, 3]], GREEDY)[0].token_ids) == 24
 
