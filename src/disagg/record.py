@@ -12,6 +12,7 @@ prefill, chunk by chunk; the parts above count only what the request waited for,
 `handoff_busy_s` says how long copying took in all. A colocated request has no hand-off: those parts are zero.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -149,6 +150,16 @@ class Record(msgspec.Struct, kw_only=True):
         """Every gap between neighbouring tokens."""
         return [later - earlier for earlier, later in zip(self.token_at, self.token_at[1:], strict=False)]
 
+    def prefill_s_by_worker(self) -> dict[str, float]:
+        """`prefill_busy_s` by the tokens that each worker computed of the prompt: retried, it is computed in several."""
+        tokens: Counter[str] = Counter()
+        for span in self.spans:
+            tokens[span.worker] += span.amount if span.kind == "prefill" else 0
+        total = tokens.total()
+        if not total:
+            return {self.prefill_worker: self.prefill_busy_s} if self.prefill_worker else {}
+        return {worker: self.prefill_busy_s * num / total for worker, num in tokens.items() if num}
+
     def ttft_parts(self) -> dict[str, float] | None:
         """TTFT split by TTFT_PARTS; the values sum to `ttft_s`. None without a first token."""
         if not self.token_at:
@@ -201,7 +212,8 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, in order."""
+    """The records of a file, in order. A last line without its end is one whose writer was stopped: it is left out."""
     with path.open("rb") as file:
         for line in file:
-            yield _decoder.decode(line)
+            if line.endswith(b"\n"):
+                yield _decoder.decode(line)

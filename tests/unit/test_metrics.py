@@ -2,7 +2,7 @@ import pytest
 
 from disagg.config import SLO
 from disagg.measure import metrics
-from disagg.record import Record
+from disagg.record import Record, Span
 
 
 def _record(index=0, scheduled=100.0, tokens=(110.0, 112.0, 116.0), reason="length", **more):
@@ -82,6 +82,15 @@ def test_utilisation():
         "D0": {"prefill": 0, "decode": 0.5},
         "P0": {"prefill": 0.25, "decode": 0},
     }
+
+
+def test_a_prompt_computed_on_two_workers_is_billed_to_both():
+    """By the tokens that each computed: P0 died after 30 of them, P1 then computed all 90."""
+    spans = [Span("prefill", "P0.0", 1, 2, 30), Span("prefill", "P1.0", 3, 5, 90), Span("handoff", "D0.0", 5, 6, 999)]
+    record = _record(tokens=(110.0, 120.0), prefill_worker="P1.0", spans=spans, prefill_busy_s=4.0)
+    assert record.prefill_s_by_worker() == {"P0.0": 1.0, "P1.0": 3.0}
+    used = metrics.utilisation([record])
+    assert (used["P0.0"]["prefill"], used["P1.0"]["prefill"]) == (1 / 20, 3 / 20)
 
 
 def test_parts_and_hand_off():

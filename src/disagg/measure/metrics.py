@@ -147,8 +147,8 @@ def utilisation(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     seconds = span_s(records)
     busy: dict[str, dict[str, float]] = defaultdict(lambda: {"prefill": 0.0, "decode": 0.0})
     for record in records:
-        if record.prefill_worker:
-            busy[record.prefill_worker]["prefill"] += record.prefill_busy_s
+        for worker, busy_s in record.prefill_s_by_worker().items():
+            busy[worker]["prefill"] += busy_s
         if record.decode_worker or record.prefill_worker:
             busy[record.decode_worker or record.prefill_worker]["decode"] += record.decode_busy_s
     if seconds <= 0:

@@ -71,7 +71,8 @@ class Metrics:
         for name, counter in self._amounts.items():
             counter.inc(getattr(record, name))
         self._queries.inc(record.prompt_len)
-        self._busy.labels(record.prefill_worker, "prefill").inc(record.prefill_busy_s)
+        for worker, busy_s in record.prefill_s_by_worker().items():
+            self._busy.labels(worker, "prefill").inc(busy_s)
         self._busy.labels(record.decode_worker, "decode").inc(record.decode_busy_s)
         self._prompt_len.observe(record.prompt_len)
         self._output_len.observe(record.output_len)
