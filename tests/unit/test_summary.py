@@ -11,7 +11,7 @@ from disagg.errors import BudgetError, InputError
 from disagg.measure import stages
 from disagg.measure.compare import compare, merge_note
 from disagg.measure.guards import differences, run_guards
-from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial, make_arms, read_run
+from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial, make_arms, read_run, write_run
 from disagg.measure.summary import read_summary, summarize
 from disagg.measure.tables import show
 from disagg.record import Record, read_records
@@ -384,3 +384,39 @@ def test_workers_are_stopped_when_a_run_breaks(tmp_path, monkeypatch):
     assert sorted(closed) == ["1P1D", "2C"]
     assert not read_run(tmp_path).complete
     assert len(list(read_records(tmp_path / RECORDS))) == 20
+
+
+def test_a_folder_whose_writer_was_killed_can_be_read(tmp_path):
+    """Half a line at the end of the records is left out and missed; run.json is never half there."""
+    _compare(tmp_path)
+    path = tmp_path / RECORDS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert len(list(read_records(path))) == whole.count(b"\n") - 1
+    assert "missing" in {note["key"] for each in read_summary(tmp_path)["concurrent"] for note in each["void"]} | {
+        note["key"] for note in read_summary(tmp_path)["sequential"]["void"]
+    }
+
+
+def test_run_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A writer that is stopped half-way leaves the folder with the run that was there before."""
+    run, _, _ = _compare(tmp_path)
+
+    def half(path, data):
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path, run)
+    assert read_run(tmp_path).complete
+
+
+def test_every_block_knows_how_long_its_arrivals_last(tmp_path, monkeypatch):
+    """When later repeats have to be shorter, the summary says so for each; one figure would hold for the last only."""
+    lengths = iter((2.0, 1.5, 3.0))
+    monkeypatch.setattr(stages, "choose_duration", lambda *_: next(lengths))
+    run, summary, _ = _compare(tmp_path)
+    assert [each["durations_s"] for each in summary["concurrent"]] == [[2.0, 1.5, 1.5]] * 2
+    assert {block.duration_s for block in run.blocks if block.phase == "sequential"} == {0.0}

@@ -11,6 +11,7 @@ arm has one configuration throughout.
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -276,20 +277,21 @@ class _Comparison:
         tail_s = TAIL * (metrics.e2e(self.records).mean or 0.0)
         per_repeat = len(run.rates) * len(run.arms)
         self.progress.stage("under load", settings.repeats * per_repeat)
+        duration_s = math.inf
         for repeat in range(settings.repeats):
             # Shorter blocks when the earlier ones took longer than foreseen; within a repeat all arms have the same.
             num_left = (settings.repeats - repeat) * per_repeat
             allowed_s = stages.choose_duration(settings, run.rates, self._remaining_s() - closing_s, num_left, tail_s)
-            run.duration_s = min(run.duration_s or allowed_s, allowed_s)
+            duration_s = min(duration_s, allowed_s)
             write_run(self.folder, run)
             for rate in self.random.sample(run.rates, len(run.rates)):
-                workload = source.stream(rate, run.duration_s, repeat)
+                workload = source.stream(rate, duration_s, repeat)
                 self._keep_workload(workload)
                 for arm in self._shuffled():
                     label = Label(arm.name, "concurrent", rate, repeat)
                     drain_s = max(10.0, 3 * workload.span_s)
                     records = run_open_loop(self.clusters[arm.name], workload, self.clock, label, drain_s)
-                    self._keep(records, Block(arm.name, "concurrent", rate, repeat, len(workload.rows)))
+                    self._keep(records, Block(arm.name, "concurrent", rate, repeat, len(workload.rows), duration_s))
 
     def _shuffled(self) -> list[Arm]:
         return self.random.sample(self.run.arms, len(self.run.arms))

@@ -77,6 +77,7 @@ class Block(msgspec.Struct, frozen=True):
     rate: float
     repeat: int
     num: int  # requests
+    duration_s: float = 0.0  # of arrivals; 0 where requests run one at a time
 
 
 class Capacity(msgspec.Struct, frozen=True):
@@ -106,7 +107,6 @@ class Run(msgspec.Struct, kw_only=True):
     environment: dict[str, str | int | float | dict[str, str]]
     slo: SLO = SLO()
     rates: list[float] = []
-    duration_s: float = 0.0
     blocks: list[Block] = []
     capacity: list[Capacity] = []
     tuning: list[Trial] = []
@@ -135,8 +135,10 @@ def make_arms(settings: Settings, cores: tuple[int, ...]) -> list[Arm]:
 
 
 def write_run(folder: Path, run: Run) -> None:
-    """Write `run.json`, readable."""
-    (folder / RUN).write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
+    """Write `run.json`, readable. Whenever the writer is stopped, the folder has the old one or the new one, whole."""
+    draft = folder / f"{RUN}.new"
+    draft.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
+    draft.replace(folder / RUN)
 
 
 def read_run(folder: Path) -> Run:

@@ -49,7 +49,7 @@ def summarize(records: Sequence[Record], run: Run) -> dict[str, Any]:
     seldom = [each for each in unsplit(records, run) if float(each.values["share"]) <= UNSPLIT_LIMIT]
     tuned = [run.capacity[0].arm] if run.capacity else []
     summary = {
-        "config": {"settings": run.settings, "arms": run.arms, "rates": run.rates, "duration_s": run.duration_s},
+        "config": {"settings": run.settings, "arms": run.arms, "rates": run.rates},
         "environment": run.environment,
         "command": run.command,
         "started": run.started,
@@ -182,6 +182,7 @@ def _concurrent(records: Sequence[Record], run: Run, rate: float, broken: Sequen
         "rate": rate,
         "load": rate / run.capacity[0].rate if run.capacity else None,
         "repeats": len({record.repeat for record in records}),
+        "durations_s": _durations(run, rate),
         "arms": {name: _concurrent_arm(found, run) for name, found in by_arm.items()},
         "void": _void(broken, "concurrent", rate),
     }
@@ -201,6 +202,12 @@ def _concurrent(records: Sequence[Record], run: Run, rate: float, broken: Sequen
         "differences": intervals,
         "verdicts": {metric: _told(verdicts[metric]) for metric in METRICS if metric in verdicts},
     }
+
+
+def _durations(run: Run, rate: float) -> list[float]:
+    """Seconds of arrivals in each repeat: later ones are shorter where the earlier took longer than foreseen."""
+    blocks = [block for block in run.blocks if block.phase == "concurrent" and block.rate == rate]
+    return list({block.repeat: block.duration_s for block in blocks}.values())
 
 
 def _concurrent_arm(records: list[Record], run: Run) -> dict[str, Any]:
