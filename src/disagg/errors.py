@@ -6,7 +6,7 @@
     │   ├── BudgetError    devices the machine lacks, arms that do not fit the budget
     │   ├── TraceError     a malformed trace row; names the line
     │   └── RequestError   a prompt that cannot fit, sampling values out of range
-    ├── Overloaded         too many requests are outstanding; HTTP 503 with Retry-After
+    ├── Overloaded         too many requests are outstanding; HTTP 429 with Retry-After
     ├── WorkerLost         a worker process died or fell silent while it was needed
     ├── HandshakeError     two workers disagree on model, dtype, page layout or protocol
     └── InvariantError     our own bookkeeping is broken; never the caller's fault

@@ -195,6 +195,16 @@ def test_metrics_parse_and_sum_up():
     assert {"queue", "prefill", "handoff_copy", "decode"} <= phases
 
 
+def test_a_model_is_known_by_the_name_it_is_served_by():
+    """Metrics and page say that name; the path of the weights on this machine is nobody's business."""
+    inside = Status(0.0, "1C", "/home/me/weights", "conditional", 1, 16, 1, [], {"live": 0}, None, [])
+    front = SimpleNamespace(cluster=lambda: SimpleNamespace(status=lambda: inside))
+    state = State(Settings(model="m"), front, Metrics(lambda: None))
+    text = Metrics(state.status).render().decode()
+    assert 'model_name="m"' in text
+    assert "/home" not in text
+
+
 def test_the_document_names_every_route():
     """The OpenAPI document has the paths that the application has, but for the page's."""
     inner = client_of([]).app._app

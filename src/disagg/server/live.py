@@ -39,8 +39,7 @@ def routes(state: State) -> list[BaseRoute]:
         return FileResponse(_STATIC / "index.html", headers=_HEADERS)
 
     async def live(request: Request) -> Response:
-        status = msgspec.structs.replace(state.status(), model=state.settings.model)
-        body = {"now": time.time(), "status": status}
+        body = {"now": time.time(), "status": state.status()}
         return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})
 
     return [Route("/", page), Route("/live", live), Mount("/static", StaticFiles(directory=_STATIC), name="static")]

@@ -52,8 +52,8 @@ class State:
         return self.front.cluster().info
 
     def status(self) -> Status:
-        """What the deployment does now. Raises Problem 503 when there is none."""
-        return self.front.cluster().status()
+        """What the deployment does now, under the name it is served by. Raises Problem 503 when there is none."""
+        return msgspec.structs.replace(self.front.cluster().status(), model=self.settings.model)
 
     @cached_property
     def names(self) -> TokenNames:
