@@ -108,10 +108,9 @@ class LLM:
     def _run(self, completions: list[Completion], params: list[SamplingParams]) -> Iterator[Delta]:
         prompts = [self._encode(completion.prompt) for completion in completions]
         streams = [self._text_stream(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        cluster = self.cluster
         for prompt, each in zip(prompts, params, strict=True):  # all before any: of a long list most are sent later
-            limits.validate(
-                prompt, each, self.cluster.engine, self.cluster.info.spec.vocab_size, self.cluster.num_pages
-            )
+            limits.validate(prompt, each, cluster.engine, cluster.info.spec.vocab_size, cluster.num_pages)
         live: dict[str, int] = {}
         try:
             waiting = deque(enumerate(zip(prompts, params, strict=True)))

@@ -151,7 +151,7 @@ class Record(msgspec.Struct, kw_only=True):
         return [later - earlier for earlier, later in zip(self.token_at, self.token_at[1:], strict=False)]
 
     def prefill_s_by_worker(self) -> dict[str, float]:
-        """`prefill_busy_s` by the tokens that each worker computed of the prompt: retried, it is computed in several."""
+        """`prefill_busy_s` by the tokens of the prompt that each worker computed; a retried one has several."""
         tokens: Counter[str] = Counter()
         for span in self.spans:
             tokens[span.worker] += span.amount if span.kind == "prefill" else 0

@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from disagg.cluster.cluster import WorkerStatus
+from disagg.cluster.status import Status
 from disagg.engine.batch import TokenLogprobs
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole

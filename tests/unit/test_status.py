@@ -112,7 +112,7 @@ def test_reading_while_another_thread_adds():
 
 
 def test_the_usual_gap_is_right_from_the_start():
-    """The first end says nothing of gaps, the second is taken as it is, then they are averaged; failures do not count."""
+    """The first end says nothing of gaps, the second is taken as it is, then comes the average. Failures count not."""
     recent = Recent()
     recent.add(record([1e6]), 1e6)
     assert recent.end_gap_s == 0
