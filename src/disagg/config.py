@@ -154,6 +154,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         mixed = self.max_batch_tokens if self.max_mixed_tokens is None else self.max_mixed_tokens
         if min(self.max_batch_tokens, mixed, self.max_running) < 1:
             raise InputError("max_batch_tokens, max_mixed_tokens and max_running must be at least 1.")
+        if self.max_mixed_tokens is not None and self.max_mixed_tokens < self.max_running:
+            raise InputError(
+                f"max_mixed_tokens ({self.max_mixed_tokens}) must be at least max_running ({self.max_running}): "
+                "so many decodes would leave prefill nothing."
+            )
         if not 0 < self.gpu_memory <= 1:
             raise InputError(f"gpu_memory must be a share above 0 and up to 1, not {self.gpu_memory:g}.")
 
@@ -167,6 +172,17 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         if "max_batch_tokens" in chosen:
             chosen.setdefault("max_mixed_tokens", None)
         return cls(**{**(_ON_GPUS if kind == "cuda" else {}), **chosen})
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Positions a step may compute where some are decodes: how long a prompt's chunk may keep others waiting."""
+        mixed, batch = self.max_mixed_tokens, self.max_batch_tokens
+        return batch if mixed is None else min(mixed, batch)
+
+    def with_chunk(self, tokens: int) -> "EngineSpec":
+        """The same with another `chunk_tokens`: by the limit of mixed steps where there is one, else by that of all."""
+        limit = "max_batch_tokens" if self.max_mixed_tokens is None else "max_mixed_tokens"
+        return msgspec.structs.replace(self, **{limit: tokens})
 
 
 _ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 8192, "max_mixed_tokens": 1024, "max_running": 256}

@@ -40,6 +40,7 @@ class FakeCluster:
     ) -> None:
         self.info = SimpleNamespace(spec=SimpleNamespace(vocab_size=1000, max_len=512, eos_ids=(7,)))
         self.engine = EngineSpec(max_len=512, max_batch_tokens=engine.max_batch_tokens)
+        self.asked = engine
         self.num_pages = 1000
         self.deployment, self.clock = deployment, clock
         self.prefill_s, self.gap_s, self.submit_s = prefill_s, gap_s, submit_s

@@ -293,6 +293,28 @@ def test_tuning(tmp_path):
     assert "tuned" in {note["key"] for note in summary["notes"]}
 
 
+def test_tuning_searches_the_limit_that_binds(tmp_path, monkeypatch):
+    """Where steps with decodes have a limit of their own, that is tried, and the arm restarts with it; it is meant."""
+    monkeypatch.setattr(stages, "best_trial", lambda trials: trials[1])
+    engine = EngineSpec(max_batch_tokens=8192, max_mixed_tokens=1024, max_running=256)
+    run, summary, started = _compare(tmp_path, msgspec.structs.replace(QUICK, tune=True, engine=engine))
+    assert [trial.max_mixed_tokens for trial in run.tuning] == [1024, 512, 256, 2048]
+    assert {trial.max_batch_tokens for trial in run.tuning} == {8192}
+    colocated = [fake.asked.max_mixed_tokens for fake in started if not fake.deployment.disaggregated]
+    assert colocated == [1024, 512, 256, 2048, 512]
+    assert run.arms[0].engine == engine.with_chunk(512)
+    assert [(each["field"], each["tuned"]) for each in summary["parity"]] == [("max_mixed_tokens", True)]
+    assert next(note["values"]["value"] for note in summary["notes"] if note["key"] == "tuned") == 512
+
+
+def test_chunk_sizes_worth_trying():
+    """None twice, none that leaves prefill nothing beside all decodes, none below two pages or above a whole step."""
+    assert [each.chunk_tokens for each in stages.chunk_candidates(EngineSpec())] == [512, 256, 128]
+    assert [each.chunk_tokens for each in stages.chunk_candidates(EngineSpec(max_batch_tokens=64))] == [64, 32]
+    tight = EngineSpec(max_batch_tokens=512, max_mixed_tokens=512, max_running=200)
+    assert [each.chunk_tokens for each in stages.chunk_candidates(tight)] == [512, 256]
+
+
 def test_one_configuration_is_judged(tmp_path, monkeypatch):
     """Every judged request, the first sequential repeat's too, runs on the arm as it is after the search."""
     monkeypatch.setattr(stages, "best_trial", lambda trials: trials[-1])

@@ -237,35 +237,35 @@ class _Comparison:
 
         Left out, and that stated, when it is not wanted or takes too long.
         """
-        best, sizes = self.run.capacity[0], stages.chunk_candidates(self.settings)
+        best = self.run.capacity[0]
         place = next(place for place, arm in enumerate(self.run.arms) if arm.name == best.arm)
+        engines = stages.chunk_candidates(self.run.arms[place].engine)
         rate = stages.TUNE_LOAD * best.rate
-        seconds = len(sizes) * (self.start_s + stages.trial_s(rate))
+        seconds = len(engines) * (self.start_s + stages.trial_s(rate))
         if not self.settings.tune:
-            self.run.notes.append(Note("not_tuned", {"value": sizes[0]}))
+            self.run.notes.append(Note("not_tuned", {"value": engines[0].chunk_tokens}))
             return
         if seconds > stages.TUNE_SHARE * self.settings.time_budget_s:
-            self.run.notes.append(Note("tune_slow", {"value": sizes[0], "seconds": seconds}))
+            self.run.notes.append(Note("tune_slow", {"value": engines[0].chunk_tokens, "seconds": seconds}))
             return
         # One repeat more than will be judged: the search must not see the traffic that decides.
         workload = source.stream(rate, stages.trial_s(rate), self.settings.repeats)
-        self.progress.stage("chunk size", len(sizes))
-        for size in sizes:
-            self._restart(place, size, workload)
-            trial = stages.try_chunk(self.clusters[best.arm], workload, self.clock, size, self.run.slo)
+        self.progress.stage("chunk size", len(engines))
+        for engine in engines:
+            self._restart(place, engine, workload)
+            trial = stages.try_chunk(self.clusters[best.arm], workload, self.clock, engine, self.run.slo)
             self.run.tuning.append(trial)
             self.progress.step()
-        chosen = stages.best_trial(self.run.tuning).max_batch_tokens
+        chosen = engines[self.run.tuning.index(stages.best_trial(self.run.tuning))]
         self._restart(place, chosen, workload)
-        tried = ", ".join(map(str, sizes))
-        self.run.notes.append(Note("tuned", {"arm": best.arm, "value": chosen, "tried": tried}))
+        tried = ", ".join(str(engine.chunk_tokens) for engine in engines)
+        self.run.notes.append(Note("tuned", {"arm": best.arm, "value": chosen.chunk_tokens, "tried": tried}))
 
-    def _restart(self, place: int, max_batch_tokens: int, workload: Workload) -> None:
-        """Give one arm another chunk size, if it has not got it already, and warm it up."""
+    def _restart(self, place: int, engine: EngineSpec, workload: Workload) -> None:
+        """Run one arm with another engine, if it has not got it already, and warm it up."""
         arm = self.run.arms[place]
-        if arm.engine.max_batch_tokens == max_batch_tokens:
+        if arm.engine == engine:
             return
-        engine = msgspec.structs.replace(arm.engine, max_batch_tokens=max_batch_tokens)
         self.run.arms[place] = msgspec.structs.replace(arm, engine=engine)
         self.clusters[arm.name].close()
         self.clusters[arm.name] = self.start(arm.deployment, engine)

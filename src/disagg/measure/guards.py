@@ -18,6 +18,7 @@ LATE_LIMIT_S = 0.025  # p99 of sent - scheduled
 Values = Mapping[str, float | int | str]
 UNSPLIT_LIMIT = 0.05  # of the requests of a disaggregated arm, without a hand-off
 ROUNDING_LIMIT = 0.5  # of the requests that ran alone on GPUs, with other tokens than in the first arm
+_SEARCHED = ("max_batch_tokens", "max_mixed_tokens")  # what the search for the colocated chunk size changes
 DRIFT_LIMIT = 0.25  # change of the median of the same requests between the first and the last sequential repeat
 
 
@@ -43,7 +44,7 @@ def differences(arms: Sequence[Arm], tuned: Iterable[str] = ()) -> list[Differen
     for arm in arms[1:]:
         for field, theirs in _comparable(arm).items():
             if theirs != first[field]:
-                meant = field == "max_batch_tokens" and bool(searched & {arm.name, arms[0].name})
+                meant = field in _SEARCHED and bool(searched & {arm.name, arms[0].name})
                 found.append(Difference(arm.name, arms[0].name, field, str(first[field]), str(theirs), meant))
     return found
 

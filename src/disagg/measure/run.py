@@ -96,6 +96,7 @@ class Trial(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     goodput: float
     e2e_s: float
+    max_mixed_tokens: int | None = None
 
 
 class Run(msgspec.Struct, kw_only=True):

@@ -80,10 +80,12 @@ SENTENCES: dict[str, dict[str, str]] = {
         # set-up
         "oversubscribed": "{arm} has more workers than the budget has devices: they share, and are slower for it.",
         "alive": "All arms stay loaded while one is driven; an idle worker sleeps and costs memory, not time.",
-        "tuned": "{arm} runs with {value} tokens a step, the best of {tried} in a short search at 0.8 of its capacity.",
-        "not_tuned": "The colocated chunk size was not searched ({value} tokens a step in every arm).",
-        "tune_slow": "The colocated chunk size was not searched, which would take about {seconds:.0f} s ({value} "
-        "tokens a step in every arm).",
+        "tuned": "{arm} runs with up to {value} tokens in a step that decodes, the best of {tried} in a short search "
+        "at 0.8 of its capacity.",
+        "not_tuned": "The colocated chunk size was not searched (up to {value} tokens in a step that decodes, "
+        "in every arm).",
+        "tune_slow": "The colocated chunk size was not searched, which would take about {seconds:.0f} s (up to "
+        "{value} tokens in a step that decodes, in every arm).",
         "reduced": "A request takes {alone_s:.1f} s alone, so {what} were lowered from {before} to {after}: give "
         "--{what} to keep more.",
         "fewer_loads": "At a capacity of {rate:.3g} requests/s the loads {before} would take too long; measured: "
@@ -128,9 +130,9 @@ SENTENCES: dict[str, dict[str, str]] = {
         "有 {num} 个已在先前的重复中重放过，故它们并不独立。",
         "oversubscribed": "{arm} 的 worker 多于预算中的设备：它们共享设备，因而更慢。",
         "alive": "驱动某一臂时，其余各臂保持加载；空闲的 worker 休眠，只占内存，不占时间。",
-        "tuned": "{arm} 每步 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",
-        "not_tuned": "未搜索合并部署的分块大小（各臂均为每步 {value} token）。",
-        "tune_slow": "未搜索合并部署的分块大小，那约需 {seconds:.0f} s（各臂均为每步 {value} token）。",
+        "tuned": "{arm} 含解码的一步最多 {value} token，是在其容量的 0.8 倍负载下从 {tried} 中短搜索得到的最佳值。",
+        "not_tuned": "未搜索合并部署的分块大小（各臂含解码的一步最多 {value} token）。",
+        "tune_slow": "未搜索合并部署的分块大小，那约需 {seconds:.0f} s（各臂含解码的一步最多 {value} token）。",
         "reduced": "单个请求独占需 {alone_s:.1f} s，故 {what} 从 {before} 降为 {after}：可用 --{what} 指定更多。",
         "fewer_loads": "容量为 {rate:.3g} 请求/s 时，负载 {before} 耗时过长；实测：{after}。可用 --rate 指定。",
         "capacity": "{arm} 的容量：{rate:.3g} 请求/s（{tokens:.4g} 输出 token/s），在 {window_s:.1f} s 内保持 "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 from disagg.clock import Clock
-from disagg.config import SLO
+from disagg.config import SLO, EngineSpec
 from disagg.measure import metrics
 from disagg.measure.drive import Driven, Label, run_open_loop, run_saturated
 from disagg.measure.run import Capacity, Settings, Trial
@@ -98,10 +98,17 @@ def measure_capacity(
     return Capacity(arm, burst.rate, burst.tokens_per_s, in_flight, burst.window_s), notes
 
 
-def chunk_candidates(settings: Settings) -> list[int]:
-    """The asked-for tokens a step, then smaller ones: a smaller chunk delays decode less and prefill more."""
-    asked = settings.engine.max_batch_tokens
-    return [asked, *(asked // part for part in (2, 4) if asked // part >= 2 * settings.engine.page_size)]
+def chunk_candidates(engine: EngineSpec) -> list[EngineSpec]:
+    """The engine asked for, then with smaller chunks, which delay decode less and prefill more.
+
+    Where mixed steps have a limit of their own (on GPUs), that is searched, and twice as much is tried too: it is the
+    one that binds while anybody decodes.
+    """
+    asked, mixed = engine.chunk_tokens, engine.max_mixed_tokens is not None
+    least = max(2 * engine.page_size, engine.max_running if mixed else 0)
+    sizes = [asked // 2, asked // 4] + ([2 * asked] if mixed else [])
+    fitting = [size for size in sizes if least <= size <= engine.max_batch_tokens]
+    return [engine, *(engine.with_chunk(size) for size in fitting)]
 
 
 def trial_s(rate: float) -> float:
@@ -109,10 +116,11 @@ def trial_s(rate: float) -> float:
     return max(TUNE_S, _shortest(rate))
 
 
-def try_chunk(cluster: Driven, workload: Workload, clock: Clock, size: int, slo: SLO) -> Trial:
-    """One short block with `size` tokens a step, which `cluster` must have been started with."""
+def try_chunk(cluster: Driven, workload: Workload, clock: Clock, engine: EngineSpec, slo: SLO) -> Trial:
+    """One short block on a `cluster` that was started with this engine."""
     records = run_open_loop(cluster, workload, clock, Label("", "tuning", workload.rate))
-    return Trial(size, metrics.goodput(records, slo).share, metrics.e2e(records).mean or math.inf)
+    goodput, e2e_s = metrics.goodput(records, slo).share, metrics.e2e(records).mean or math.inf
+    return Trial(engine.max_batch_tokens, goodput, e2e_s, engine.max_mixed_tokens)
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial:

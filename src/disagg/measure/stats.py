@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def paired_difference(base: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """other - base, repeat by repeat, as `mean_interval`. For shares, which may be zero and never differ by more than 1."""
+    """other - base, repeat by repeat, as `mean_interval`. For shares: they may be zero and differ by 1 at most."""
     found = mean_interval([theirs - ours for ours, theirs in zip(base, other, strict=True)], confidence)
     if found.low is None or found.high is None:
         return found
