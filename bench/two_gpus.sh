@@ -5,7 +5,7 @@
 #   single    each GPU by itself, both at once: the engine on Qwen3-8B; on Qwen3-0.6B, then serving with 1C
 #   link      the hand-off over the link, and what a decode step feels of it
 #   serving   2C and 1P1D in turns on the same two loaded workers, one rate of RATES after the other
-#   compare   `disagg compare --quick`, where at least 90 s are left
+#   compare   `disagg compare --quick`, where at least 100 s are left
 #
 # STEPS names the steps to take. One that runs out of time is ended; what it has measured is kept. DRY=1 rehearses all of
 # it on two cores, with tiny models: no numbers.
@@ -60,12 +60,12 @@ serving() {
 }
 
 compare() {
-  if [ "$(left)" -lt 90 ]; then echo "== compare: no time left" && return; fi
+  if [ "$(left)" -lt 100 ]; then echo "== compare: no time left" && return; fi
   local folder
   folder=$(mktemp -d)
   mkdir "$folder/${SERVED[1]}"
   python3 -c 'import sys, gpu_serving; gpu_serving.write_model(*sys.argv[1:])' "${SERVED[1]}" "$folder/${SERVED[1]}"
-  step compare 300 python3 -m disagg compare --budget $BOTH --model "$folder/${SERVED[1]}" --random-weights --quick \
+  step compare 300 python3 -m disagg compare --budget $BOTH --model "$folder/${SERVED[1]}" --random-weights --quick --requests 2 \
     --max-len 8192 --prompt-len 1024:3072 --output-len 64:192 --out "$folder/compare"
   tar -czf "$OUT/compare.tar.gz" -C "$folder" compare
   rm -r "$folder"
