@@ -219,3 +219,24 @@ def test_what_cannot_start_says_so():
     ):
         with pytest.raises((InputError, BudgetError), match=words):
             LLM(**arguments)
+
+
+def test_a_temporary_folder_with_a_long_path_is_no_obstacle(tmp_path, monkeypatch):
+    """Paths of sockets are short: where the usual place for temporary files is too deep, another one is used."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with LLM("seed", deploy="1C", budget="cpu:1") as llm:
+        assert len(llm.generate([[1, 2, 3]], GREEDY)[0].token_ids) == 24
+    assert list(deep.iterdir()) == []
+
+
+def test_a_start_that_fails_early_leaves_nothing(monkeypatch):
+    """Also when the front end's own mailbox cannot be made: the fixture looks for what is left."""
+
+    def broken(*_):
+        raise OSError("no sockets today")
+
+    monkeypatch.setattr("disagg.cluster.cluster.Mailbox", broken)
+    with pytest.raises(OSError, match="no sockets"):
+        LLM("seed", deploy="1C", budget="cpu:1")

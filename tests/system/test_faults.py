@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from leftovers import nothing_left, processes
@@ -131,6 +132,11 @@ def truth(cluster, prompt, max_tokens, name):
     client = Client(cluster)
     client.send(prompt, max_tokens, route=Route(name, name))
     return client.finish()[0].tokens
+
+
+def folders():
+    """Those of the deployments that run, or have left theirs behind."""
+    return set(Path(os.environ["TMPDIR"]).glob("disagg-*"))
 
 
 def held_as(cluster, side, state):
@@ -363,6 +369,30 @@ def test_workers_of_a_killed_front_end_are_gone():
     process.kill()
     process.wait()
     wait_until(lambda: len(processes()) == before)
+
+
+def test_a_front_end_killed_while_it_starts_leaves_nothing():
+    """33: before there is a worker to notice, the process that loads the model removes the folder."""
+    code = "from disagg.cli.main import main; main(['chaos', '--deploy', '1P1D'])"
+    before, known = len(processes()), folders()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(processes()) == before + 2 and folders() != known, limit_s=60)  # front end, template
+    process.kill()
+    process.wait()
+    wait_until(lambda: len(processes()) == before, limit_s=60)
+    assert folders() == known
+
+
+def test_a_request_for_a_worker_that_was_replaced_meanwhile_ends_well():
+    """Its only worker is asked to end: a request for that very worker waits, and the successor takes it."""
+    with start("1C") as cluster:
+        old = worker(cluster, "C0").address
+        cluster.drain("C0")
+        client = Client(cluster)
+        client.send(LONG[:40], 4, route=Route("C0", "C0"))
+        (record,) = client.finish()
+        assert record.ok
+        assert worker(cluster, "C0").address == record.prefill_worker != old
 
 
 def test_chaos_loses_nothing():

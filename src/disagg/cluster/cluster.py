@@ -8,6 +8,7 @@ with the tokens the client already has, after the attempt that is left of it was
 thread submits and polls, and what is said of workers here happens while it polls.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -86,20 +87,23 @@ class Cluster:
         self._held_back: list[Update] = []  # news that came while somebody waited for something else
         self._audits: dict[str, m.AuditReport] = {}
         self._serial = 0
-        self._closed = False
-        self._folder = make_folder()
-        self._mailbox = Mailbox(self._folder, FRONT)
-        forks = supervise and deployment.budget.kind == "cpu"  # a process that has used a GPU cannot be forked
-        template = Template(self.engine, self._folder) if forks else None
-        heartbeat_s = _HEARTBEAT_S if supervise else None
-        configs = [
-            WorkerConfig(spec, 0, self.engine, str(self._folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
-            for spec in deployment.workers
-        ]
-        self._supervisor = Supervisor(
-            configs, self._mailbox, self._clock, restart=supervise, silence_s=silence_s, fork_from=template
-        )
+        self._open = contextlib.ExitStack()  # what `close` has to undo, whatever it came to
         try:
+            folder = make_folder()
+            self._open.callback(remove_folder, folder)
+            self._mailbox = Mailbox(folder, FRONT)
+            self._open.callback(self._mailbox.close)
+            forks = supervise and deployment.budget.kind == "cpu"  # a process that has used a GPU cannot be forked
+            heartbeat_s = _HEARTBEAT_S if supervise else None
+            configs = [
+                WorkerConfig(spec, 0, self.engine, str(folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
+                for spec in deployment.workers
+            ]
+            self._supervisor = Supervisor(
+                configs, self._mailbox, self._clock, restart=supervise, silence_s=silence_s,
+                fork_from=Template(self.engine, folder) if forks else None,
+            )  # fmt: skip
+            self._open.callback(self._supervisor.close)
             self._supervisor.start(lambda names: progress(f"{deployment.name}: waiting for {', '.join(sorted(names))}"))
             self.num_pages = min(seat.hello.num_pages for seat in self._supervisor.seats.values() if seat.hello)
             prefixes = PrefixMap(self.engine.page_size, self.num_pages) if self.engine.prefix_caching else None
@@ -267,11 +271,7 @@ class Cluster:
 
     def close(self) -> None:
         """Stop the workers and remove every trace. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._supervisor.close()
-            self._mailbox.close()
-            remove_folder(self._folder)
+        self._open.close()
 
     # Sending
 
@@ -283,6 +283,8 @@ class Cluster:
     def _place(self, live: Live) -> None:
         """Send the request's present attempt, now or when there is a worker."""
         record, num_known = live.record, len(live.record.tokens)
+        if live.pinned is not None and not set(live.pinned) <= set(self._supervisor.up):
+            live.pinned = None  # it waited, and a worker that it was meant for has died
         prompt_len, owed = len(live.prompt) + num_known, live.params.max_tokens - num_known
         caching = self.engine.prefix_caching
         decision = self._router.route(

@@ -28,6 +28,7 @@ from disagg.config import EngineSpec
 from disagg.errors import DisaggError, InputError, WorkerLost
 
 _STOP_S = 3.0  # how long a worker may take to leave by itself
+_LONGEST_ROOT = 64  # bytes of a path: a socket's may have 107, and folder and worker take up to 40 of these
 _FORK_S = 10.0  # how long a template may take to fork; it takes some milliseconds
 
 
@@ -110,7 +111,7 @@ class Template:
         self._log = folder / "template.log"
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "disagg.cluster.template", str(alive_fd)],
+                [sys.executable, "-m", "disagg.cluster.template", str(alive_fd), str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -197,7 +198,8 @@ class Template:
 
 def make_folder() -> Path:
     """A new folder for mailboxes and logs, for this user only. Its path is short, as socket paths must be."""
-    return Path(tempfile.mkdtemp(prefix="disagg-"))
+    root = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="disagg-", dir=root if len(os.fsencode(root)) <= _LONGEST_ROOT else "/tmp"))
 
 
 def remove_folder(folder: Path) -> None:

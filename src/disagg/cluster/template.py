@@ -4,14 +4,17 @@ Importing torch and loading a model takes seconds; a fork of a process that has 
 supervised deployment loads once, its workers share the weights' memory, and a dead worker is back almost at once. On
 cores only: a process that has used a GPU cannot be forked.
 
-Started as `python -m disagg.cluster.template ALIVE_FD`. Standard input: one line with an EngineSpec, then a line with a
-WorkerConfig for every worker to start. Standard output: a line for each News. ALIVE_FD closes when the front end is
-gone, which ends the workers. This process runs no thread and opens no socket: neither would survive a fork.
+Started as `python -m disagg.cluster.template ALIVE_FD FOLDER`. Standard input: one line with an EngineSpec, then a line
+with a WorkerConfig for every worker to start. Standard output: a line for each News. ALIVE_FD closes when the front end
+is gone, which ends the workers. FOLDER holds the mailboxes: a front end that dies before there is a worker leaves it to
+us to remove. This process runs no thread and opens no socket: neither would survive a fork.
 """
 
+import contextlib
 import gc
 import os
 import select
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -57,10 +60,19 @@ News = Ready | Failed | Forked | Exited
 
 
 def main() -> None:
-    """Entry point of the process: fork until standard input ends."""
-    alive_fd = int(sys.argv[1])
+    """Entry point of the process: fork until the front end is done or gone."""
+    alive_fd, folder = int(sys.argv[1]), sys.argv[2]
+    with contextlib.suppress(BrokenPipeError):  # it died while the model was loaded
+        _fork_until_done(alive_fd)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fork_until_done(alive_fd: int) -> None:
     lines = os.fdopen(0, "rb", buffering=0)  # unbuffered: a line must not hide from the poll below
-    loaded = _load(msgspec.json.decode(lines.readline(), type=EngineSpec))
+    first = lines.readline()
+    if not first:
+        return
+    loaded = _load(msgspec.json.decode(first, type=EngineSpec))
     children: dict[int, int] = {}  # pidfd -> pid
     poll = select.poll()
     poll.register(lines)
