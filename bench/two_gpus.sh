@@ -40,7 +40,7 @@ single() {
     > "$OUT/first" 2>&1 &
   (
     export CUDA_VISIBLE_DEVICES=1
-    step engine-0.6b 60 python3 bench/gpu_engine.py "${SMALL[@]}" --out "$OUT/engine_06b.json"
+    step engine-0.6b 90 python3 bench/gpu_engine.py "${SMALL[@]}" --out "$OUT/engine_06b.json"
     step serving-1c 70 python3 bench/gpu_serving.py "${SERVED[@]}" --budget $ONE --arms 1C --rates 8 \
       --seconds "$SECONDS_A_POINT" --out "$OUT/serving_1c.json"
   ) > "$OUT/second" 2>&1 &

@@ -185,7 +185,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **{limit: tokens})
 
 
-_ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 8192, "max_mixed_tokens": 1024, "max_running": 256}
+# 2,048 positions keep a GPU as busy as 8,192 for models from some billion weights on, and prompts that wait for one
+# another's end wait a quarter as long
+_ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 2048, "max_mixed_tokens": 1024, "max_running": 256}
 
 
 class SLO(msgspec.Struct, frozen=True):

@@ -263,6 +263,14 @@ class CudaRunner:
         for kind in range(len(kinds)):
             self.launch(Batch(decodes=requests[kind : kind + 1]))()
             self.launch(Batch(requests[kind : kind + 1], [Chunk(requests[kind - 1], 0, 1, False)]))()
+        short = [
+            Request(f"warm-up short {n}", 1, [0, 0], kinds[0], frozenset(), 0.0, num_computed=2, pages=held[:1])
+            for n in range(self._max_running)
+        ]
+        if sizes is None:  # decodes beside a chunk run other kernels for other numbers of them
+            for size in ladder(self._max_running - 1) if self._max_running > 1 else []:
+                decodes = [requests[0], *short[: size - 1]]
+                self.launch(Batch(decodes, [Chunk(requests[1], 0, 1, False)]))()
         self._row.clear()
 
     @torch.inference_mode()

@@ -47,9 +47,13 @@ class Fused(NamedTuple):
 
 
 def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: DecodeTile = _TILE) -> int:
-    """Into how many parts a context is cut: enough to fill the GPU, none shorter than a turn of the loop."""
+    """Into how many parts a context is cut: enough to fill the GPU, none shorter than a turn of the loop.
+
+    A power of two, because each number is a kernel of its own, to be compiled before anything is served.
+    """
     wanted = triton.cdiv(tile.programs, num_sequences * num_kv)
-    return max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys * tile.least)))
+    most = max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys * tile.least)))
+    return 1 << (most.bit_length() - 1)
 
 
 def attend_decodes(
