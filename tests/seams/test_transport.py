@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from itertools import count, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,3 +228,22 @@ def test_a_peer_can_be_mapped_again_after_it_was_forgotten(make):
 
     assert ended(target)[0].error == ""
     assert (content(target)[1] == content(source)[0]).all()
+
+
+def resident_bytes():
+    """Shared memory that this process has mapped page by page."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem")]
+    return int(line.split()[1]) * 1024
+
+
+def test_connecting_does_not_map_a_whole_pool_at_once():
+    """The engine's thread connects: it must not wait until every page of a peer's pool is mapped."""
+    size, num = 1 << 20, 64
+    ours, theirs = SharedMemoryTransport(1, size), SharedMemoryTransport(num, size)
+    try:
+        before = resident_bytes()
+        ours.connect(theirs.address())
+        assert resident_bytes() - before < num * size / 4
+    finally:
+        ours.close()
+        theirs.close()

@@ -52,7 +52,9 @@ class SharedMemoryTransport:
             size = os.fstat(fd).st_size
             if size == 0 or size % self._page_bytes:
                 raise HandshakeError(f"The pool at {address} is not made of pages of {self._page_bytes} bytes.")
-            view = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+            # not populated: that holds the engine's thread up for tens of milliseconds per GB; the copying thread
+            # takes the faults as it reads
+            view = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
         self._peers[address] = np.frombuffer(view, dtype=np.uint8).reshape(-1, self._page_bytes)
