@@ -405,4 +405,5 @@ def test_chaos_loses_nothing():
     assert (outcome["hung"], outcome["leaked"], outcome["different"]) == (0, 0, 0)
     assert outcome["completed"] + outcome["failed"] + outcome["aborted"] == 150
     assert sum(outcome["faults"].values()) >= 5
+    assert outcome["audits"] > 0
     assert outcome["retried"] > 0

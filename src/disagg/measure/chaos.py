@@ -39,6 +39,7 @@ _DELAY_S = 0.3  # a fault comes at a random moment within this time of being due
 _STOP_LEASES = (1.2, 3.0)  # a worker is stopped for so many leases: some are replaced meanwhile, some come back
 _FULL_S = (0.2, 2.0)
 _ABORTED = 0.03  # share of the clients that go away
+_AUDIT_EVERY_S = 1.0
 _SETTLE_S = 20.0  # the longest that cleaning up may take, once nothing is asked any more
 
 
@@ -62,6 +63,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     leaked: int = 0  # pages that nobody freed, and pages whose books were wrong
     different: int = 0  # requests whose tokens are not the true ones, or whose client had a token twice
     aborted: int = 0  # by their client
+    audits: int = 0  # of all workers, under load: each found every page where the books say
     faults: dict[str, int] = {}
     restarts: int = 0
     errors: list[str] = []  # one example of each
@@ -102,6 +104,7 @@ class _Client:
     max_tokens: int
     sent_at: float
     leaves_at: float
+    hung: bool = False
     tokens: list[int] = field(default_factory=list)
 
 
@@ -125,6 +128,7 @@ class Chaos:
         self._num_sent = self._num_ended = 0
         self._due: list[float] = []  # moments of faults to come
         self._bag: list[str] = []  # their kinds: every kind comes before one comes twice
+        self._audit_at = 0.0  # when the next is due
         self._stopped: list[tuple[float, WorkerStatus]] = []  # when to let them go on
 
     def run(self) -> Outcome:
@@ -137,6 +141,7 @@ class Chaos:
             now = self._clock.now()
             self._break_something(now)
             self._leave(now)
+            self._audit(now)
             for update in self._cluster.poll(_POLL_S):
                 self._take(update)
         self._settle()
@@ -181,7 +186,7 @@ class Chaos:
         """Clients that go away, and requests that hang."""
         for request_id, client in list(self._open.items()):
             if now >= client.leaves_at or now - client.sent_at > _HANG_S:
-                self.outcome.hung += now < client.leaves_at
+                client.hung = now < client.leaves_at
                 record = self._cluster.abort(request_id)
                 if record is None:
                     raise InvariantError(f"Request {request_id} is over and its client was not told.")
@@ -206,7 +211,8 @@ class Chaos:
                 if len(outcome.errors) < 10:
                     outcome.errors.append(record.error)
             else:
-                outcome.aborted += 1
+                outcome.hung += client.hung
+                outcome.aborted += not client.hung
         self._num_ended += 1
         if self._num_ended % self._plan.fault_every == 0:
             self._due.append(self._clock.now() + self._random.uniform(0.0, _DELAY_S))
@@ -243,6 +249,19 @@ class Chaos:
         if any(now.address == worker.address for now in self._cluster.workers()):  # it was not replaced
             assert worker.process is not None
             worker.process.send_signal(signal.SIGCONT)
+
+    def _audit(self, now: float) -> None:
+        """About once a second, see whether the rule of conservation holds in the middle of it all.
+
+        Not while a worker is stopped: it could not answer, and nothing would let it go on meanwhile.
+        """
+        if now < self._audit_at or self._stopped:
+            return
+        self._audit_at = now + _AUDIT_EVERY_S
+        for report in self._cluster.audit():
+            if report.fault:
+                raise InvariantError(f"The books of {report.worker} are wrong: {report.fault}")
+        self.outcome.audits += 1
 
     # Afterwards
 
