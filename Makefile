@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install model compare test check bench clean
+.PHONY: help install model compare test check bench bench-gpu clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,8 +38,11 @@ check: $(VENV)/.installed ## style and types
 test: $(VENV)/.installed $(VENV)/.model ## all tests
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.installed $(VENV)/.model ## our own speed: tables, then one JSON line each
-	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/.installed $(VENV)/.model ## our own speed on cores: tables, then one JSON line each
+	for script in bench/[!g]*.py; do $(BIN)/python $$script || exit 1; done
+
+bench-gpu: $(VENV)/.installed $(VENV)/.model ## the same on one GPU
+	for script in engine model ops products; do $(BIN)/python bench/gpu_$$script.py || exit 1; done
 
 clean: ## remove the virtual environment
 	rm -rf $(VENV)

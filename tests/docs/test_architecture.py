@@ -57,6 +57,7 @@ PURE = [
     "workload/traces.py",
     "workload/workload.py",
 ]
+DOCUMENTS = ("docs/tour.md", "docs/handoff.md", "docs/routing.md", "docs/serve.md")
 IMPURE = {"torch", "socket", "zmq", "time"}
 
 
@@ -118,14 +119,29 @@ def test_every_path_the_documents_name_exists():
     root = SOURCE.parents[1]
     homes = (root, SOURCE, root / "docs", root / "tests" / "unit")
     missing = []
-    for document in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/tour.md", "docs/handoff.md"):
+    for document in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", *DOCUMENTS):
         text = (root / document).read_text()
         for name in re.findall(r"`([\w./-]+\.(?:py|md|html|sh|json))`|\]\(([\w./-]+)\)", text):
             path = (name[0] or name[1]).split("#")[0]
-            generated = path in ("report.html", "summary.json", "records.jsonl")
-            if not generated and not any((home / path).exists() for home in homes):
+            elsewhere = path in ("report.html", "summary.json", "records.jsonl") or path.startswith("/")  # made, or a URL
+            if not elsewhere and not any((home / path).exists() for home in homes):
                 missing.append(f"{document}: {path}")
     assert missing == []
+
+
+def test_make_bench_needs_no_gpu():
+    """On a machine without one `make bench` must not stop at a script that needs it, and leaves out no other."""
+    root = SOURCE.parents[1]
+    recipe = (root / "Makefile").read_text().partition("\nbench:")[2].partition("\n\n")[0]
+    chosen = set(root.glob(re.search(r"for script in (\S+);", recipe)[1]))
+    assert chosen == {path for path in root.glob("bench/*.py") if not path.name.startswith("gpu_")}
+
+
+def test_the_tour_shows_every_package():
+    """Whoever looks for the place of something finds each folder of the source in the picture."""
+    picture = (SOURCE.parents[1] / "docs" / "tour.md").read_text().split("## What goes where")[1].split("```")[1]
+    packages = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
+    assert packages - set(picture.split()) == set()
 
 
 def test_files_stay_small():
