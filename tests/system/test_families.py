@@ -29,7 +29,8 @@ NUM_REAL = 12
 def running(model, deploy, **options):
     """A deployment on two cores that in the end holds no page and leaves no process and no folder."""
     with LLM(str(model), deploy=deploy, budget="cpu:2", **options) as llm:
-        left = [Path(f"/proc/{worker.process.pid}") for worker in llm.cluster.workers()] + [llm.cluster._mailbox._folder]
+        left = [llm.cluster._mailbox._folder]
+        left += [Path(f"/proc/{worker.process.pid}") for worker in llm.cluster.workers()]
         yield llm
         assert_idle(llm.cluster)
     wait_until(lambda: not any(path.exists() for path in left))

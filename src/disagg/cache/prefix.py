@@ -16,19 +16,16 @@ __all__ = ["PageHash", "PrefixCache", "extend_hashes", "page_hashes"]
 _DIGEST_BYTES = 16
 
 
-def page_hashes(tokens: Sequence[int], page_size: int, salt: bytes = b"") -> list[PageHash]:
-    """Hashes of the full pages of `tokens`, the same in every process and on every machine.
-
-    Different `salt` means different hashes: it keeps apart what must not be shared (tenants, adapters).
-    """
+def page_hashes(tokens: Sequence[int], page_size: int) -> list[PageHash]:
+    """Hashes of the full pages of `tokens`, the same in every process and on every machine."""
     hashes: list[PageHash] = []
-    extend_hashes(hashes, tokens, page_size, salt)
+    extend_hashes(hashes, tokens, page_size)
     return hashes
 
 
-def extend_hashes(hashes: list[PageHash], tokens: Sequence[int], page_size: int, salt: bytes = b"") -> None:
+def extend_hashes(hashes: list[PageHash], tokens: Sequence[int], page_size: int) -> None:
     """Append to `hashes`, which cover the first pages of `tokens`, those of the pages that have become full since."""
-    parent: bytes = hashes[-1] if hashes else blake2b(salt, digest_size=_DIGEST_BYTES).digest()
+    parent: bytes = hashes[-1] if hashes else blake2b(b"", digest_size=_DIGEST_BYTES).digest()
     pack = struct.Struct(f"<{page_size}q").pack  # fixed width and byte order: no two lists of tokens look alike
     for start in range(len(hashes) * page_size, len(tokens) - page_size + 1, page_size):
         content = pack(*tokens[start : start + page_size])

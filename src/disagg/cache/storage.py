@@ -52,10 +52,6 @@ class KVStorage:
             raise InvariantError(f"A buffer of {len(raw)} bytes cannot hold {need}.")
         self.pages = raw[: self.num_pages * self.page_bytes].view(element).view(self.num_pages, *self._shape)
 
-    def page_view(self, page: int) -> Tensor:
-        """The bytes of one page, uint8 [page_bytes], writable, without a copy."""
-        return self.pages[page].reshape(-1).view(torch.uint8)
-
     def layout(self) -> dict[str, Any]:
         """What a page means, for `transfer.layout.Layout(model=..., **storage.layout())`."""
         num_layers, _, num_kv_heads, page_size, head_dim = self._shape

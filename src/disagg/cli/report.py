@@ -8,7 +8,6 @@ import click
 from rich.console import Console
 
 from disagg.measure.run import read_run
-from disagg.measure.summary import read_summary
 from disagg.measure.tables import show
 
 
@@ -28,8 +27,7 @@ def report(folder: Path, lang: Literal["en", "zh"] | None, as_json: bool) -> Non
     from disagg.measure.report import build  # draws: slow to import
 
     chosen = lang or read_run(folder).settings.lang
-    summary = read_summary(folder)
-    build(folder, chosen)
+    summary = build(folder, chosen)
     if as_json:
         click.echo(json.dumps(summary))
     else:

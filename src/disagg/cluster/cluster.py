@@ -203,11 +203,6 @@ class Cluster:
         """Let `poll` return early while this file descriptor is readable: another thread has something to say."""
         self._mailbox.watch(fd)
 
-    @property
-    def num_live(self) -> int:
-        """Requests that are not over."""
-        return len(self._ledger)
-
     def workers(self) -> list[WorkerStatus]:
         """Every worker of the deployment, dead or alive."""
         return self._supervisor.workers()

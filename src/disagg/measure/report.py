@@ -17,29 +17,30 @@ from disagg.measure import sentences
 from disagg.measure.plots import draw_all
 from disagg.measure.plots_scene import PARTS, arm_colours, colocated
 from disagg.measure.plots_timeline import lane_of
-from disagg.measure.run import RECORDS
 from disagg.measure.sentences import Lang
-from disagg.measure.summary import read_summary
+from disagg.measure.summary import read_results, summarize, write_summary
 from disagg.measure.verdict import Verdict
 from disagg.measure.words import Words
-from disagg.record import read_records
 
 PAGE = "report.html"
 _PAIRED = ("goodput", "ttft_s", "tpot_s", "itl_p99_s", "e2e_s", "throughput")
 Plain = Mapping[str, Any]
 
 
-def build(folder: Path, lang: Lang = "en") -> None:
-    """Write every figure as PNG and `report.html` into a results folder; its `summary.json` is rebuilt on the way.
+def build(folder: Path, lang: Lang = "en") -> dict[str, Any]:
+    """Write every figure as PNG, `report.html` and a new `summary.json` into a results folder; returns the summary.
 
     Raises InputError when the folder is not one that compare has written.
     """
-    summary = read_summary(folder)
+    records, run = read_results(folder)
+    summary = summarize(records, run)
+    write_summary(folder, summary)
     words = Words(lang)
     slo = msgspec.convert(summary["slo"], SLO)
-    drawn = draw_all(list(read_records(folder / RECORDS)), slo, words, folder)
+    drawn = draw_all(records, slo, words, folder)
     images = {name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in drawn}
     (folder / PAGE).write_text(render(summary, images, words), encoding="utf-8")
+    return summary
 
 
 def render(summary: Plain, images: Mapping[str, str], words: Words) -> str:

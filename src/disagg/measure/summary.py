@@ -72,16 +72,20 @@ def summarize(records: Sequence[Record], run: Run) -> dict[str, Any]:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """Rebuild the summary of a results folder from its records and its run, and write it. Raises InputError."""
+    summary = summarize(*read_results(folder))
+    write_summary(folder, summary)
+    return summary
+
+
+def read_results(folder: Path) -> tuple[list[Record], Run]:
+    """What a results folder says happened. Raises InputError when it is not one that compare has written."""
     run = read_run(folder)
     try:
-        records = list(read_records(folder / RECORDS))
+        return list(read_records(folder / RECORDS)), run
     except (OSError, msgspec.DecodeError) as error:
         raise InputError(
             f"{folder / RECORDS} cannot be read ({error}): give a folder that compare has written."
         ) from error
-    summary = summarize(records, run)
-    write_summary(folder, summary)
-    return summary
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
