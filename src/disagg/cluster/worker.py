@@ -35,7 +35,7 @@ from disagg.transfer.base import Transport
 
 KV_DTYPE = "float32"  # of the cache on the CPU, whatever the weights are stored as
 _OUTCOMES = ("started", "done", "failed", "expired", "aborted")
-_IDLE_S = 0.05  # the longest nap of an idle loop: cleanup runs at least this often
+_IDLE_S = 0.05  # the longest nap of an idle loop; a busy one cleans up once a step
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
