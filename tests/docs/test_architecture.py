@@ -123,8 +123,9 @@ def test_every_path_the_documents_name_exists():
         text = (root / document).read_text()
         for name in re.findall(r"`([\w./-]+\.(?:py|md|html|sh|json))`|\]\(([\w./-]+)\)", text):
             path = (name[0] or name[1]).split("#")[0]
-            elsewhere = path in ("report.html", "summary.json", "records.jsonl") or path.startswith("/")  # made, or a URL
-            if not elsewhere and not any((home / path).exists() for home in homes):
+            generated = path in ("report.html", "summary.json", "records.jsonl")
+            url = path.startswith("/")
+            if not generated and not url and not any((home / path).exists() for home in homes):
                 missing.append(f"{document}: {path}")
     assert missing == []
 
