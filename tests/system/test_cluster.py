@@ -81,21 +81,47 @@ def test_every_deployment_gives_the_same_tokens(reference, deploy, options):
         assert sum(done.record.num_preemptions for outputs in rounds for done in outputs) > 0
 
 
+def timed(cluster, prompt):
+    """One request by the caller's own clock: seconds to its first token and to its last, and its Record."""
+    sent_at, at, record = time.monotonic(), [], None
+    cluster.submit(prompt, GREEDY)
+    while record is None:
+        for update in cluster.poll(1.0):
+            at += [time.monotonic()] * len(update.tokens)
+            record = update.record or record
+    return at[0] - sent_at, at[-1] - sent_at, record
+
+
 @two_cores
-def test_parts_of_ttft_and_e2e_sum_to_the_whole():
-    """For every request the parts sum to what the client saw, and a hand-off has its moments in order."""
+@pytest.mark.parametrize("deploy", ["1C", "1P1D"])
+def test_parts_of_ttft_and_e2e_sum_to_what_the_caller_measured(deploy):
+    """Within 1 ms by a clock outside; a busy machine may come between the two clocks now and then, not usually."""
+    with LLM("seed", deploy=deploy, budget="cpu:2") as llm:
+        measured = [timed(llm.cluster, prompt) for prompt in PROMPTS * 2]
+
+    first = sorted(ttft_s - sum(record.ttft_parts().values()) for ttft_s, _, record in measured)
+    last = sorted(e2e_s - sum(record.e2e_parts().values()) for _, e2e_s, record in measured)
+    assert first[0] >= 0
+    assert last[0] >= 0
+    assert first[len(first) // 2] < 1e-3
+    assert last[len(last) // 2] < 1e-3
+
+
+@two_cores
+def test_a_timeline_has_every_moment_in_order():
+    """Nothing is missing, and nothing has to be clamped for the parts to sum, but for copies beside the prefill."""
     with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=64) as llm:
         records = [done.record for done in llm.generate(PROMPTS, GREEDY)]
 
     for record in records:
-        assert sum(record.ttft_parts().values()) == pytest.approx(record.ttft_s, abs=1e-9)
-        assert sum(record.e2e_parts().values()) == pytest.approx(record.e2e_s, abs=1e-9)
         assert (record.prefill_worker, record.decode_worker) == ("P0.0", "D0.0")
         assert len(record.token_at) == record.output_len == 24
         assert record.token_at == sorted(record.token_at)
         pages = -(-record.prompt_len // 16)
         assert record.handoff_bytes == pages * 393_216
-        assert record.sent_at <= record.queued_at <= record.prefill_start_at < record.prefill_end_at
+        assert record.scheduled_at <= record.sent_at <= record.queued_at <= record.prefill_start_at
+        assert record.prefill_start_at < record.prefill_end_at <= record.token_at[0]
+        assert record.prefill_end_at < record.handoff_end_at
         assert record.handoff_start_at <= record.handoff_end_at <= record.decode_start_at < record.token_at[-1]
         assert sum(span.amount for span in record.spans if span.kind == "prefill") == record.prompt_len
 

@@ -82,12 +82,17 @@ def test_both_arms_did_the_same(result):
     assert summary["token_mismatches"] == {"1P1D": 0}
 
 
-def test_the_parts_sum(result):
-    """TTFT and E2E are the sums of their parts, in every record; only the disaggregated arm has a hand-off."""
+def test_every_timeline_is_in_order(result):
+    """No moment is missing or has to be clamped for the parts to sum; only the disaggregated arm has a hand-off."""
     folder, _ = result
     for record in read_records(folder / RECORDS):
-        assert sum(record.ttft_parts().values()) == pytest.approx(record.ttft_s)
-        assert sum(record.e2e_parts().values()) == pytest.approx(record.e2e_s)
+        assert record.num_attempts == 1
+        marks = [record.scheduled_at, record.sent_at, record.queued_at, record.prefill_start_at, record.prefill_end_at]
+        assert marks == sorted(marks)
+        assert record.prefill_end_at <= record.token_at[0]
+        if record.arm == "1P1D" and record.max_tokens > 1:
+            marks = [record.prefill_end_at, record.handoff_end_at, record.decode_start_at, record.token_at[-1]]
+            assert marks == sorted(marks)
         handed = record.arm == "1P1D" and record.max_tokens > 1
         assert (record.handoff_bytes > 0) == handed
         assert (record.prefill_worker != record.decode_worker) == handed

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="1P1D n
 
 PROMPT = "Die Hauptstadt von Frankreich: Paris, 日本語!"
 MESSAGES = [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi ✓"}]
+TRANSPORT_S = 0.03  # of a request to this server and of its answer back, client and JSON included
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 12}
 
 
@@ -223,6 +225,23 @@ def test_both_routings_give_the_same_tokens(server):
         (choice,) = line["choices"]
         assert (choice["prefill_worker"] == choice["decode_worker"]) == (routing == "colocated")
     assert texts[0] == texts[1]
+
+
+def test_parts_sum_to_what_a_client_measures(server, client):
+    """By the client's own clock, over HTTP: the parts are 1 ms off at most, and what HTTP itself usually takes."""
+    client.completions.create(prompt=PROMPT, extra_body=EXTRA, **GREEDY)
+    known = len(list(read_records(server.log.parent / "records.jsonl")))
+    seen = []
+    for _ in range(9):
+        sent_at = time.monotonic()
+        pieces = client.completions.create(prompt=PROMPT, stream=True, extra_body=EXTRA, **GREEDY)
+        at = [time.monotonic() for _ in pieces]
+        seen.append((at[0] - sent_at, at[-1] - sent_at))
+    records = list(read_records(server.log.parent / "records.jsonl"))[known:]
+    first = sorted(ttft_s - sum(r.ttft_parts().values()) for (ttft_s, _), r in zip(seen, records, strict=True))
+    last = sorted(e2e_s - sum(r.e2e_parts().values()) for (_, e2e_s), r in zip(seen, records, strict=True))
+    assert 0 <= first[len(first) // 2] < 1e-3 + TRANSPORT_S
+    assert 0 <= last[len(last) // 2] < 1e-3 + TRANSPORT_S
 
 
 def test_records_and_metrics_count_alike(server, client):
