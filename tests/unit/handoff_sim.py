@@ -144,6 +144,7 @@ class Sim:
         if isinstance(message, m.Submit):
             self.submit(message)
         elif isinstance(message, m.Offer):
+            self.abort_before(message.request)
             self.taking.on_offer(message)
         elif isinstance(message, m.ChunkReady | m.Cancel | m.Renewed):
             self.taking.on_message(message)
@@ -158,6 +159,7 @@ class Sim:
         self.flush()
 
     def submit(self, submit):
+        self.abort_before(submit)
         elsewhere = submit.decode_on not in (None, self.name)
         self.start(submit, self.request(submit, elsewhere), self.scheduler.add)
 
@@ -168,8 +170,6 @@ class Sim:
         )  # fmt: skip
 
     def start(self, submit, request, enter):
-        if submit.attempt:
-            self.abort(submit.id, submit.attempt - 1)
         self.engine.ledger[request.id] = Facts(self.name)
         self.jobs[request.id] = (submit, request)
         try:
@@ -177,6 +177,10 @@ class Sim:
         except RequestError as error:
             self.pool.release(request.pages)
             self.end(request, FinishReason.ERROR, str(error))
+
+    def abort_before(self, submit):
+        if submit.attempt:
+            self.abort(submit.id, submit.attempt - 1)
 
     def abort(self, request_id, attempt):
         submit, _ = self.jobs.get(request_id, (None, None))

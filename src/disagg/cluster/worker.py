@@ -10,14 +10,14 @@ Messages of different senders overtake one another, so what counts is the number
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from disagg.cache.pages import PagePool
-from disagg.clock import WallClock
+from disagg.clock import Clock
 from disagg.cluster import conserve
 from disagg.cluster import messages as m
 from disagg.cluster.handoff_decode import DecodeSide, Receiving
@@ -75,12 +75,13 @@ class Worker:
         mailbox: Mailbox,
         runner: Runs,
         transport: Transport,
+        clock: Clock,
         checksum: Callable[[list[int]], list[int]] = lambda pages: [],
     ) -> None:
         self._hello = hello
         self._me = hello.worker
         self._mailbox = mailbox
-        spec, clock = config.engine, WallClock()
+        spec = config.engine
         assert spec.max_len is not None
         self._scheduler = Scheduler(
             PagePool(hello.num_pages, spec.page_size),
@@ -123,19 +124,23 @@ class Worker:
                 return False
             if wake_fd in readable:
                 os.eventfd_read(wake_fd)
-            for message in messages:
-                if isinstance(message, m.Stop):
-                    return True
-                self._on_message(message)
-            self._tick()
-            start = self._clock.now()
-            stepped = self._engine.step(self._offer)
-            if stepped is not None:
-                self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + stepped.batch.num_tokens
-                self._step_s = self._clock.now() - start
-                self._report(stepped)
-            busy = stepped is not None
-            self._flush()
+            if any(isinstance(message, m.Stop) for message in messages):
+                return True
+            busy = self.turn(messages)
+
+    def turn(self, messages: Iterable[Any]) -> bool:
+        """Take in what has come, clean up, and do one step. Whether there was anything to compute."""
+        for message in messages:
+            self._on_message(message)
+        self._tick()
+        start = self._clock.now()
+        stepped = self._engine.step(self._offer)
+        if stepped is not None:
+            self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + stepped.batch.num_tokens
+            self._step_s = self._clock.now() - start
+            self._report(stepped)
+        self._flush()
+        return stepped is not None
 
     def drain(self) -> None:
         """Ask the front end for leave. Safe to call from a signal handler."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from disagg.clock import WallClock
 from disagg.cluster import messages as m
 from disagg.cluster.mailbox import FRONT, Mailbox
 from disagg.cluster.worker import Worker, WorkerConfig
@@ -78,10 +79,10 @@ def build(config: WorkerConfig, loaded: "Loaded", mailbox: Mailbox, wake: Callab
     transport, runner = made
     hello = m.Hello(config.worker, transport.address(), layout, len(transport.pages))
     if not engine.checksum:
-        return Worker(config, hello, mailbox, runner, transport)
+        return Worker(config, hello, mailbox, runner, transport, WallClock())
     from disagg.transfer.checksum import page_checksums
 
-    return Worker(config, hello, mailbox, runner, transport, page_checksums(transport.pages))
+    return Worker(config, hello, mailbox, runner, transport, WallClock(), page_checksums(transport.pages))
 
 
 def _on_cores(
