@@ -15,6 +15,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
+	@echo "Installing into $(VENV): some minutes."
+	@command -v nvidia-smi >/dev/null || $(INSTALL) --constraint constraints.txt 'torch==2.13.0+cpu' 2>/dev/null || \
+		echo "pip finds no build of torch for CPUs: the one with CUDA follows, some GB (README, Installing)." >&2
 	$(INSTALL) --constraint constraints.txt torch
 	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
