@@ -35,7 +35,7 @@ class Ordinary:
         {"skewed": True},
         {"prefix_caching": True},
         {"checksum": True, "max_running": 1},
-        {"ahead": True, "prefix_caching": True, "max_mixed_tokens": 3},
+        {"ahead": True, "prefix_caching": True, "max_mixed_tokens": 4},
     )
     steps = (
         "submit", "submit", "submit", "calm", "turn", "turn", "front", "deliver", "deliver", "copy", "wait", "abort",

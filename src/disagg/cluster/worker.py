@@ -77,7 +77,9 @@ class Worker:
         transport: Transport,
         clock: Clock,
         checksum: Callable[[list[int]], list[int]] = lambda pages: [],
+        clock_name: str = "host",
     ) -> None:
+        """`clock_name`: which workers read the same clock; see PrefillSide."""
         self._hello = hello
         self._me = hello.worker
         self._mailbox = mailbox
@@ -96,9 +98,12 @@ class Worker:
         self._clock = clock
         self.checksum = checksum
         self._giving = PrefillSide(
-            hello, clock, mailbox.send, self._scheduler, config.lease_s, self._handed_over, checksum, self._orphaned
+            hello, clock, mailbox.send, self._scheduler, config.lease_s, self._handed_over, checksum, self._orphaned,
+            clock_name,
+        )  # fmt: skip
+        self._taking = DecodeSide(
+            hello, clock, mailbox.send, transport, self._scheduler, self, config.max_wait_s, clock_name
         )
-        self._taking = DecodeSide(hello, clock, mailbox.send, transport, self._scheduler, self, config.max_wait_s)
         self._jobs: dict[str, _Job] = {}
         self._outgoing = m.Progress(self._me, [], [])
         self._heartbeat_s = config.heartbeat_s
