@@ -144,6 +144,8 @@ EN: dict[str, str] = {
     "E2E: scheduled arrival to last token. Failed requests are left out of latencies and are misses in goodput.",
     "method.verdict": "A verdict is better or worse when its interval leaves out zero, no difference when the interval "
     "lies within ±5 %, and not resolved otherwise.",
+    "method.limits": "One at a time, every repeat asks the same requests: that interval covers the machine's noise, "
+    "not other prompts. The rates of a repeat share their draws, so verdicts at several rates are not independent.",
 }
 
 ZH: dict[str, str] = {
@@ -274,6 +276,8 @@ ZH: dict[str, str] = {
     "method.metrics": "TTFT：从计划到达到首个 token。TPOT：首 token 之后的平均间隔。ITL：每一个 token 间隔。"
     "E2E：从计划到达到最后一个 token。失败的请求不计入延迟，但在有效吞吐中计为未达标。",
     "method.verdict": "区间不含零时判定为更好或更差；区间落在 ±5 % 之内时为无差异；其余为未判定。",
+    "method.limits": "逐个请求时，每次重复使用相同的请求：该区间只反映机器的波动，不反映提示的差异。"
+    "同一次重复的各到达率共用随机抽取，因此多个到达率下的判定并不独立。",
 }
 
 _TABLES: dict[str, dict[str, str]] = {"en": EN, "zh": ZH}
