@@ -182,17 +182,18 @@ def test_a_restarted_worker_is_not_taken_for_the_old_one(pair):
     assert record.handoff_bytes == 7 * PAGE_BYTES
 
 
-def test_death_is_known_at_once_and_the_other_phase_stands_in(pair):
-    """A killed prefill worker is known to be dead within a second; until it is back the decode worker does both."""
+@pytest.mark.parametrize(("victim", "other"), [("P0", "D0"), ("D0", "P0")])
+def test_death_is_known_at_once_and_the_other_phase_stands_in(pair, victim, other):
+    """A killed worker is known to be dead within a second; until it is back the one of the other phase does both."""
     died_at = time.monotonic()
-    worker(pair, "P0").process.send_signal(signal.SIGKILL)
-    wait_until(lambda: not worker(pair, "P0").up, pair)
+    worker(pair, victim).process.send_signal(signal.SIGKILL)
+    wait_until(lambda: not worker(pair, victim).up, pair)
     assert time.monotonic() - died_at < 1.0
     client = Client(pair)
     client.send(LONG[:40], 4)
     (record,) = client.finish()
 
-    assert record.prefill_worker == record.decode_worker == worker(pair, "D0").address
+    assert record.prefill_worker == record.decode_worker == worker(pair, other).address
     recovered(pair)
 
 
