@@ -155,8 +155,8 @@ class CudaRunner:
             row = end
         first = staging.put(tokens)
         source[:] = np.arange(size) + first.at // 8
-        if count and tokens[:count].min() < 0:
-            behind = np.flatnonzero(tokens[:count] < 0)
+        behind = np.flatnonzero(tokens[:count] < 0)
+        if behind.size:
             source[behind] = [self._row[decodes[index]] for index in behind.tolist()]
         rest = [staging.put(array) for array in (positions, slots, source, table_rows, context_len)]
         return _Packed(first, *rest)

@@ -80,6 +80,6 @@ def run_table(theirs: Sequence[int], ours: Sequence[int], num_theirs: int, num_o
     """The runs as int64 [n, 3], for pools of so many pages. Raises IndexError for a page outside of either."""
     table = np.array(runs(theirs, ours), np.int64).reshape(-1, 3)
     ends = table[:, :2] + table[:, 2:]
-    if len(table) and (table.min() < 0 or ends[:, 0].max() > num_theirs or ends[:, 1].max() > num_ours):
+    if (table < 0).any() or (ends > (num_theirs, num_ours)).any():
         raise IndexError("a run of pages lies outside of its pool")
     return table
