@@ -8,7 +8,9 @@ from disagg.config import Budget, Deployment, EngineSpec
 from disagg.errors import DisaggError
 from disagg.measure import metrics, stages
 from disagg.measure.drive import LEAD_S, Label, run_one_at_a_time, run_open_loop, run_saturated
-from disagg.workload.workload import Row, Workload
+from disagg.measure.run import Arm, Settings
+from disagg.workload.traces import Trace, TraceRow
+from disagg.workload.workload import Limits, Row, Workload
 
 BUDGET = Budget("cpu", (0, 1))
 
@@ -117,11 +119,35 @@ def test_no_token_is_no_capacity():
 
 
 def test_a_capacity_with_its_ramp_says_so():
-    """The note is there when the window did not open, and only then."""
+    """The note is there when the window did not open, and only then; then no less than two workers do is taken."""
     source = SimpleNamespace(alone=lambda num: _workload(*[0] * num))
-    for prefill_s, keys in ((0.01, []), (4.0, ["capacity_ramp"])):
+    arm = Arm("2C", Deployment.parse("2C", BUDGET), EngineSpec())
+    for prefill_s, rate, keys in ((0.01, 100, []), (4.0, 2 / 4.0, ["capacity_ramp"])):
         clock = ManualClock()
         fake = _fake(clock, prefill_s=prefill_s)
-        found, notes = stages.measure_capacity(fake, "2C", source, clock, prefill_s, 3.0)
-        assert found.rate > 0
+        found, notes = stages.measure_capacity(fake, arm, source, clock, prefill_s, 3.0, 9.0)
+        assert found.rate == pytest.approx(rate, rel=0.03)
         assert [note.key for note in notes] == keys
+        assert clock.now() < 10
+
+
+def test_a_traces_lengths_fit_the_time():
+    """The median request may take 1/120 of the time budget; a fast model keeps what fits the context, without a note."""
+
+    class Slow(FakeCluster):
+        """Takes 10 ms for each token of a prompt."""
+
+        def submit(self, prompt, *args, **options):
+            self.prefill_s = self.token_s * len(prompt)
+            return super().submit(prompt, *args, **options)
+
+    trace = Trace("t", tuple(TraceRow(float(at), 50 * (at + 1), 1) for at in range(9)))
+    limits, settings = Limits(1000, 512, frozenset({7})), Settings(time_budget_s=120.0)
+    for token_s, scale, keys in ((0.010, 100 / 250, ["length_time"]), (0.001, 1.0, [])):
+        clock = ManualClock()
+        slow = Slow(Deployment.parse("1C", BUDGET), EngineSpec(), clock)
+        slow.token_s = token_s
+        found, notes = stages.fit_lengths(slow, trace, limits, clock, settings)
+        assert found == pytest.approx(scale, rel=0.02)
+        assert [note.key for note in notes] == keys
+        assert clock.now() < 3 * 2.5

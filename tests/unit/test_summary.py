@@ -352,7 +352,11 @@ def test_rates_and_durations():
     assert stages.choose_rates(Settings(), capacity) == [20.0, 30.0, 40.0, 45.0]
     assert stages.choose_rates(Settings(rates=(9.0, 3.0)), capacity) == [3.0, 9.0]
     assert stages.choose_duration(Settings(), [20.0, 45.0], 200.0, 20, 0.5) == pytest.approx(0.95 * 200 / 20 - 0.5)
-    assert stages.choose_duration(Settings(), [2.0], 1.0, 20, 0.5) == 8.0
+    assert stages.choose_duration(Settings(), [2.0], 1.0, 20, 0.5) == stages.FEWEST / 2.0
+    (note,) = stages.few_requests(Settings(), [2.0], 4.0)
+    assert (note.values["num"], note.values["wanted"]) == (8, 16)
+    assert not stages.few_requests(Settings(), [2.0], 8.0)
+    assert not stages.few_requests(Settings(duration_s=4.0), [2.0], 4.0)
     assert stages.choose_duration(Settings(duration_s=3.0), [2.0], 1.0, 20, 0.5) == 3.0
 
 

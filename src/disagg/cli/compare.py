@@ -94,7 +94,9 @@ workload_options = _options(
         help="Replay an Azure CSV or Mooncake JSONL trace instead.",
     ),
     click.option("--trace-limit", type=int, help="Use the trace's first rows only."),
-    click.option("--length-scale", type=float, help="Factor on the trace's lengths (default: what fits the context)."),
+    click.option(
+        "--length-scale", type=float, help="Factor on the trace's lengths (default: what fits in context and time)."
+    ),
     click.option("--seed", type=int, default=_SETTINGS.seed, show_default=True, help="Of prompts, arrivals and order."),
 )
 

@@ -109,12 +109,18 @@ class _Comparison:
         """All stages, in order."""
         trace = load_trace(self.settings)  # before anything is started: it may be refused
         self._start_all()
-        source = make_source(self.settings, self._limits(), trace)
+        limits = self._limits()
+        source = make_source(self.settings, limits, trace)
         self._write_facts()
         self.progress.stage("warm up", len(self.run.arms))
         for arm in self.run.arms:
             self._warm_up(arm, source.alone(WARM_UP))
             self.progress.step()
+        if trace is not None and self.settings.length_scale is None:
+            first = self.clusters[self.run.arms[0].name]
+            scale, notes = stages.fit_lengths(first, trace, limits, self.clock, self.settings)
+            self._resolve(msgspec.structs.replace(self.settings, length_scale=scale), notes)
+            source = make_source(self.settings, limits, trace)
         self._resolve(*stages.fit_sequential(self.settings, self._probe(source)))
         self._decide(source)
         alone = source.alone(self.settings.requests)
@@ -213,9 +219,10 @@ class _Comparison:
         else:
             run.slo = self.settings.slo
         self.progress.stage("capacity", len(colocated))
+        limit_s = min(6 * CAPACITY_S, stages.CAPACITY_SHARE * self.settings.time_budget_s)
         for arm in colocated:
             cluster, alone_s = self.clusters[arm.name], unloaded[arm.name]
-            capacity, notes = stages.measure_capacity(cluster, arm.name, source, self.clock, alone_s, CAPACITY_S)
+            capacity, notes = stages.measure_capacity(cluster, arm, source, self.clock, alone_s, CAPACITY_S, limit_s)
             run.capacity.append(capacity)
             run.notes += notes
             self.progress.step()
@@ -292,6 +299,7 @@ class _Comparison:
                     drain_s = max(10.0, 3 * workload.span_s)
                     records = run_open_loop(self.clusters[arm.name], workload, self.clock, label, drain_s)
                     self._keep(records, Block(arm.name, "concurrent", rate, repeat, len(workload.rows), duration_s))
+        run.notes += stages.few_requests(settings, run.rates, duration_s)
 
     def _shuffled(self) -> list[Arm]:
         return self.random.sample(self.run.arms, len(self.run.arms))

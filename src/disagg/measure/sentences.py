@@ -71,6 +71,9 @@ SENTENCES: dict[str, dict[str, str]] = {
         "spread uniformly over their slot (seed {seed}).",
         "length_scale": "Lengths of the trace were multiplied by {scale:.3g} (the context holds {max_len} tokens); "
         "{num} of {of} requests had to be cut as well.",
+        "length_time": "Lengths that fit the context ({fitting:.3g} of the trace's) would take too long here: they are "
+        "scaled to {scale:.3g}, so that the median request takes about {alone_s:.1f} s alone. Give --length-scale to "
+        "choose.",
         "time_scale": "Times of {trace} were multiplied by {factor:.3g} in the first repeat: {from_rate:.3g} "
         "requests/s became {rate:.3g} on average, and the busiest tenth of the window runs at {burst:.1f} times that; "
         "gaps above 30 s in the original window: {long_gaps}.",
@@ -92,8 +95,11 @@ SENTENCES: dict[str, dict[str, str]] = {
         "{after}. Give --rate to choose.",
         "capacity": "Capacity of {arm}: {rate:.3g} requests/s ({tokens:.4g} output tokens/s), with {in_flight} "
         "requests kept in flight for {window_s:.1f} s.",
-        "capacity_ramp": "Requests were too slow for the measuring window of {arm} to open within {window_s:.1f} s, so "
-        "its capacity includes the ramp at the start and is too low rather than too high.",
+        "capacity_ramp": "Requests were too slow for the measuring window of {arm} to open within {window_s:.1f} s: "
+        "with the ramp at the start it was {measured:.3g} requests/s. Taken: {rate:.3g}, at least what its workers do "
+        "one request at a time each; too low rather than too high.",
+        "few_requests": "The time allows blocks of {duration_s:.1f} s, about {num} requests at {rate:.3g} requests/s "
+        "instead of {wanted}: intervals are wide. Give --duration to choose.",
         "slo_default": "SLO by default: TTFT {ttft_x:g} times and TPOT {tpot_x:g} times the unloaded median of {arm}, "
         "rounded up to two digits: ttft {ttft_ms:g} ms, tpot {tpot_ms:g} ms.",
         "unequal": "{arm} differs from {base} in {field}: {theirs} instead of {ours}.",
@@ -123,6 +129,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "slots": "该 trace 有 {share:.0%} 的间隔为零：其时钟量化为 {slot_s:g} s，故将请求均匀分散到各自的时隙中"
         "（种子 {seed}）。",
         "length_scale": "trace 的长度乘以 {scale:.3g}（上下文为 {max_len} token）；另有 {num}/{of} 个请求被截短。",
+        "length_time": "按上下文缩放的长度（trace 的 {fitting:.3g} 倍）在此耗时过长：改为 {scale:.3g} 倍，"
+        "使中位请求独占时约需 {alone_s:.1f} s。可用 --length-scale 指定。",
         "time_scale": "首次重复中 {trace} 的时间乘以 {factor:.3g}：{from_rate:.3g} 请求/s 变为平均 {rate:.3g} 请求/s，"
         "窗口内最忙的十分之一是平均值的 {burst:.1f} 倍；原窗口中超过 30 s 的间隔：{long_gaps} 个。",
         "trace_short": "需要 {trace} 中的 {asked} 个请求，但它只有 {rows} 个：每段只重放这些。",
@@ -137,8 +145,10 @@ SENTENCES: dict[str, dict[str, str]] = {
         "fewer_loads": "容量为 {rate:.3g} 请求/s 时，负载 {before} 耗时过长；实测：{after}。可用 --rate 指定。",
         "capacity": "{arm} 的容量：{rate:.3g} 请求/s（{tokens:.4g} 输出 token/s），在 {window_s:.1f} s 内保持 "
         "{in_flight} 个请求在途。",
-        "capacity_ramp": "{arm} 的请求太慢，测量窗口在 {window_s:.1f} s 内未能打开，故其容量包含起始的爬升段，"
-        "宁可偏低而非偏高。",
+        "capacity_ramp": "{arm} 的请求太慢，测量窗口在 {window_s:.1f} s 内未能打开：连同起始的爬升段为 "
+        "{measured:.3g} 请求/s。采用 {rate:.3g}，不低于各 worker 逐个处理请求的速度，宁可偏低而非偏高。",
+        "few_requests": "时间只允许每段 {duration_s:.1f} s，{rate:.3g} 请求/s 时约 {num} 个请求，而非 {wanted} 个："
+        "区间较宽。可用 --duration 指定。",
         "slo_default": "默认 SLO：TTFT 为 {arm} 空载中位数的 {ttft_x:g} 倍，TPOT 为 {tpot_x:g} 倍，"
         "向上取两位有效数字：ttft {ttft_ms:g} ms，tpot {tpot_ms:g} ms。",
         "unequal": "{arm} 与 {base} 在 {field} 上不同：{theirs}，而非 {ours}。",

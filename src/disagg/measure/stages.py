@@ -8,17 +8,44 @@ import msgspec
 from disagg.clock import Clock
 from disagg.config import SLO, EngineSpec
 from disagg.measure import metrics
-from disagg.measure.drive import Driven, Label, run_open_loop, run_saturated
-from disagg.measure.run import Capacity, Settings, Trial
+from disagg.measure.drive import Driven, Label, run_one_at_a_time, run_open_loop, run_saturated
+from disagg.measure.run import Arm, Capacity, Settings, Trial
 from disagg.measure.sources import Source
 from disagg.record import Record
-from disagg.workload.workload import Note, Workload
+from disagg.workload.traces import Trace, fit_scale, replay
+from disagg.workload.workload import Limits, Note, Workload
 
 SLO_TTFT_X, SLO_TPOT_X = 10.0, 3.0  # times the unloaded median; DistServe's "SLO scale", loose enough to be met at 0.4
 TUNE_LOAD = 0.8
 SEQUENTIAL_SHARE = 0.4  # of the time budget
 MIN_REQUESTS, MIN_BLOCK_S = 16, 1.5  # a shorter block would measure its own start and end
+FEWEST = 8  # requests of a block where the time budget does not allow MIN_REQUESTS
+CAPACITY_SHARE = 0.2  # of the time budget: the longest that measuring a capacity may take
+MEDIAN_SHARE = 1 / 120  # of the time budget: the longest that a trace's median request may take alone
+SHORT_TOKENS = 64  # of the requests that are timed to find out how long such a request takes
 TUNE_S, TUNE_SHARE = 2.5, 0.2  # of one trial; of the time budget, for all of them
+
+
+def fit_lengths(
+    cluster: Driven, trace: Trace, limits: Limits, clock: Clock, settings: Settings
+) -> tuple[float, list[Note]]:
+    """The factor on a trace's lengths: what fits the context, or less where requests would be too slow; that is stated.
+
+    The median request may take MEDIAN_SHARE of the time budget alone. Time grows about as lengths do: short requests
+    are timed first, so that a slow model does not spend the budget on being found slow, then those of the factor found.
+    """
+    allowed_s = MEDIAN_SHARE * settings.time_budget_s
+    by_length = sorted(trace.rows, key=lambda row: row.prompt_len + row.output_len)
+    middle = by_length[len(by_length) // 2 - 1 :][:3]
+    fitting = fit_scale(trace, limits.max_len)
+    scale = min(fitting, SHORT_TOKENS / (middle[1].prompt_len + middle[1].output_len))
+    for _ in range(2):
+        timed = replay(Trace(trace.name, tuple(middle)), 0.0, len(middle), 0, settings.seed, limits, scale)
+        records = run_one_at_a_time(cluster, timed, clock, Label("", "lengths"))
+        scale = min(fitting, scale * allowed_s / (metrics.e2e(records).mean or allowed_s))
+    if scale == fitting:
+        return scale, []
+    return scale, [Note("length_time", {"scale": scale, "fitting": fitting, "alone_s": allowed_s})]
 
 
 def fit_sequential(settings: Settings, alone_s: float) -> tuple[Settings, list[Note]]:
@@ -84,18 +111,25 @@ def _round_up(value: float) -> float | None:
 
 
 def measure_capacity(
-    cluster: Driven, arm: str, source: Source, clock: Clock, unloaded_s: float, seconds: float
+    cluster: Driven, arm: Arm, source: Source, clock: Clock, unloaded_s: float, seconds: float, limit_s: float
 ) -> tuple[Capacity, list[Note]]:
     """Requests/s when saturated: 8 to 32 requests in flight, fewer the longer one takes alone (`unloaded_s`).
 
-    Lasts about `seconds` for short requests and is cut off at six times that for long ones; a note says when the
-    ramp is in it.
+    Lasts about `seconds` for short requests and is cut off at `limit_s` for long ones. Where that leaves the ramp in
+    it, the capacity is at least what the workers do one request at a time each, and a note says so.
     """
     in_flight = max(8, min(32, round(8 / unloaded_s)))
     workload = source.alone(4 * in_flight)
-    burst = run_saturated(cluster, workload, clock, in_flight, seconds, 6 * seconds)
-    notes = [Note("capacity_ramp", {"arm": arm, "window_s": burst.window_s})] if burst.with_ramp else []
-    return Capacity(arm, burst.rate, burst.tokens_per_s, in_flight, burst.window_s), notes
+    burst = run_saturated(cluster, workload, clock, in_flight, seconds, limit_s)
+    found = Capacity(arm.name, burst.rate, burst.tokens_per_s, in_flight, burst.window_s)
+    if not burst.with_ramp:
+        return found, []
+    least = sum(1 / worker.shares for worker in arm.deployment.workers) / unloaded_s
+    if least > found.rate:
+        tokens_per_s = burst.tokens_per_s * least / burst.rate
+        found = msgspec.structs.replace(found, rate=least, tokens_per_s=tokens_per_s)
+    values = {"arm": arm.name, "window_s": burst.window_s, "measured": burst.rate, "rate": found.rate}
+    return found, [Note("capacity_ramp", values)]
 
 
 def chunk_candidates(engine: EngineSpec) -> list[EngineSpec]:
@@ -153,10 +187,18 @@ def choose_duration(
 ) -> float:
     """Seconds of arrivals in one block: what is left of the time budget, divided over the blocks still to run.
 
-    `tail_s` is what a block takes beyond its arrivals. Never too short for MIN_REQUESTS at the lowest rate, even if
+    `tail_s` is what a block takes beyond its arrivals. Never too short for FEWEST requests at the lowest rate, even if
     the budget does not allow it.
     """
     if settings.duration_s is not None:
         return settings.duration_s
     allowed = 0.95 * remaining_s / num_blocks - tail_s
-    return max(_shortest(rates[0]), allowed)
+    return max(MIN_BLOCK_S, FEWEST / rates[0], allowed)
+
+
+def few_requests(settings: Settings, rates: Sequence[float], duration_s: float) -> list[Note]:
+    """A note when the time budget gave blocks of `duration_s` fewer than MIN_REQUESTS at the lowest rate."""
+    if settings.duration_s is not None or duration_s >= _shortest(rates[0]):
+        return []
+    values = {"rate": rates[0], "num": round(rates[0] * duration_s), "wanted": MIN_REQUESTS, "duration_s": duration_s}
+    return [Note("few_requests", values)]
