@@ -132,7 +132,7 @@ def test_a_capacity_with_its_ramp_says_so():
 
 
 def test_a_traces_lengths_fit_the_time():
-    """The median request may take 1/120 of the time budget; a fast model keeps what fits the context, without a note."""
+    """The median request may take 1/120 of the time budget; a fast model keeps what fits the context."""
 
     class Slow(FakeCluster):
         """Takes 10 ms for each token of a prompt."""
