@@ -22,6 +22,8 @@ ASK = Ask([1, 2], SamplingParams(max_tokens=50))
 class Letters:
     """Token 0 is "a", 1 is "b", and so on."""
 
+    context = 0
+
     def decode(self, ids):
         return "".join(chr(97 + token) for token in ids)
 

@@ -156,6 +156,12 @@ def test_detokenizer_never_shows_half_a_character(tiny):
         assert shown + detokenizer.flush() == text
 
 
+def test_text_of_bytes_needs_no_context(tiny):
+    """A byte-level vocabulary decodes each token by itself once a character is complete; another one does not."""
+    assert tiny.context == 0
+    assert sentencepiece().context > 0
+
+
 def test_detokenizer_gives_up_on_bytes_that_are_no_text(tiny):
     """Invalid bytes come out as U+FFFD, at the latest at the end, and nothing is lost or shown twice."""
     rng = random.Random(1)

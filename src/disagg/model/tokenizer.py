@@ -13,7 +13,12 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a folder without
 
 
 class Tokenizer(Protocol):
-    """What the front end asks of a tokenizer."""
+    """What the front end asks of a tokenizer.
+
+    context: how many ids before a token its text can depend on; 0 where text is nothing but the tokens' bytes in a row.
+    """
+
+    context: int
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt; begins with the model's begin-of-sequence token if it wants one."""
@@ -33,6 +38,8 @@ class Tokenizer(Protocol):
 
 class NoTokenizer:
     """For models that know only token ids, such as `seed`."""
+
+    context = 0
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -56,6 +63,7 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)  # of tokenizers that are not written in Python
+        self.context = 0 if type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel" else 6
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
@@ -88,12 +96,12 @@ class Detokenizer:
     The prompt's last ids are needed because some vocabularies write a space depending on what stands before.
     """
 
-    _CONTEXT = 6  # ids of the past decoded along
     _PATIENCE = 16  # ids without a new character before broken bytes are shown as such
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-self._CONTEXT :])
+        self._context = tokenizer.context
+        self._ids = list(prompt[max(0, len(prompt) - self._context) :])
         self._shown = len(self._stable(tokenizer.decode(self._ids)))  # of the text of _ids, what is out already
         self._waiting = 0  # ids since the last new character
 
@@ -105,9 +113,9 @@ class Detokenizer:
         self._waiting = 0 if new else self._waiting + len(ids)
         if self._waiting >= self._PATIENCE:
             new, self._waiting = self._advance(text), 0
-        if self._shown == len(text) and len(self._ids) > 2 * self._CONTEXT:
-            self._ids = self._ids[-self._CONTEXT :]
-            self._shown = len(self._tokenizer.decode(self._ids))
+        if self._shown == len(text) and len(self._ids) > 2 * self._context:
+            self._ids = self._ids[len(self._ids) - self._context :]
+            self._shown = len(self._tokenizer.decode(self._ids)) if self._ids else 0
         return new
 
     def flush(self) -> str:
