@@ -33,9 +33,12 @@ class TextStream:
         """Take new tokens; `final` says that no more will come, so nothing needs to be held back."""
         if self.stopped:
             return ""
-        self._held += self._detokenizer.push(ids)
+        new = self._detokenizer.push(ids)
         if final:
-            self._held += self._detokenizer.flush()
+            new += self._detokenizer.flush()
+        if not self._stop:
+            return new
+        self._held += new
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:  # the one that was complete first, however the text was cut into tokens
             self.stopped = True
