@@ -71,9 +71,9 @@ SENTENCES: dict[str, dict[str, str]] = {
         "spread uniformly over their slot (seed {seed}).",
         "length_scale": "Lengths of the trace were multiplied by {scale:.3g} (the context holds {max_len} tokens); "
         "{num} of {of} requests had to be cut as well.",
-        "length_time": "Lengths that fit the context ({fitting:.3g} of the trace's) would take too long here: they are "
-        "scaled to {scale:.3g}, so that the median request takes about {alone_s:.1f} s alone. Give --length-scale to "
-        "choose.",
+        "length_time": "With lengths that fit the context the trace would take too long here: their factor is "
+        "{scale:.3g} instead of {fitting:.3g}, so that the median request takes about {alone_s:.1f} s alone. Give --length-scale "
+        "to choose.",
         "time_scale": "Times of {trace} were multiplied by {factor:.3g} in the first repeat: {from_rate:.3g} "
         "requests/s became {rate:.3g} on average, and the busiest tenth of the window runs at {burst:.1f} times that; "
         "gaps above 30 s in the original window: {long_gaps}.",

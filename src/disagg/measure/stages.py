@@ -33,16 +33,17 @@ def fit_lengths(
 
     The median request may take MEDIAN_SHARE of the time budget alone. Time grows about as lengths do: short requests
     are timed first, so that a slow model does not spend the budget on being found slow, then those of the factor found.
+    Nothing is made shorter than SHORT_TOKENS, of which a hiccup of the machine could convince us.
     """
     allowed_s = MEDIAN_SHARE * settings.time_budget_s
     by_length = sorted(trace.rows, key=lambda row: row.prompt_len + row.output_len)
     middle = by_length[len(by_length) // 2 - 1 :][:3]
     fitting = fit_scale(trace, limits.max_len)
-    scale = min(fitting, SHORT_TOKENS / (middle[1].prompt_len + middle[1].output_len))
+    scale = least = min(fitting, SHORT_TOKENS / (middle[1].prompt_len + middle[1].output_len))
     for _ in range(2):
         timed = replay(Trace(trace.name, tuple(middle)), 0.0, len(middle), 0, settings.seed, limits, scale)
         records = run_one_at_a_time(cluster, timed, clock, Label("", "lengths"))
-        scale = min(fitting, scale * allowed_s / (metrics.e2e(records).mean or allowed_s))
+        scale = max(least, min(fitting, scale * allowed_s / (metrics.e2e(records).p50 or allowed_s)))
     if scale == fitting:
         return scale, []
     return scale, [Note("length_time", {"scale": scale, "fitting": fitting, "alone_s": allowed_s})]
@@ -198,7 +199,7 @@ def choose_duration(
 
 def few_requests(settings: Settings, rates: Sequence[float], duration_s: float) -> list[Note]:
     """A note when the time budget gave blocks of `duration_s` fewer than MIN_REQUESTS at the lowest rate."""
-    if settings.duration_s is not None or duration_s >= _shortest(rates[0]):
+    num = round(rates[0] * duration_s)
+    if settings.duration_s is not None or num >= MIN_REQUESTS:
         return []
-    values = {"rate": rates[0], "num": round(rates[0] * duration_s), "wanted": MIN_REQUESTS, "duration_s": duration_s}
-    return [Note("few_requests", values)]
+    return [Note("few_requests", {"rate": rates[0], "num": num, "wanted": MIN_REQUESTS, "duration_s": duration_s})]
