@@ -199,7 +199,10 @@ class SLO(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> "SLO":
-        """`ttft=200ms,tpot=50ms`; a bare number is seconds. Raises InputError, also when no limit is named."""
+        """`ttft=200ms,tpot=50ms`; a bare number is seconds. Raises InputError, also when no limit is named.
+
+        A bare number from 10 on is refused: it is far likelier to be meant as milliseconds.
+        """
         units = {"ms": 1e-3, "s": 1.0, "": 1.0}
         limits: dict[str, float] = {}
         for part in text.split(","):
@@ -207,6 +210,8 @@ class SLO(msgspec.Struct, frozen=True):
             if not match:
                 raise InputError(f"SLO part {part!r} is not understood: write for example ttft=200ms,tpot=0.05.")
             name, limit_s = f"{match[1]}_s", float(match[2]) * units[match[3]]
+            if not match[3] and limit_s >= 10:
+                raise InputError(f"SLO part {part!r} has no unit: write {match[2]}ms or {match[2]}s.")
             if name in limits:
                 raise InputError(f"SLO {text!r} names {match[1]} twice: give it one limit.")
             if limit_s == 0:

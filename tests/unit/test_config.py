@@ -106,6 +106,7 @@ def test_limits_are_read_in_seconds():
 @pytest.mark.parametrize(("text", "says"), [
     ("", "not understood"), (",", "not understood"), ("ttft=1,", "not understood"), ("itl=1", "not understood"),
     ("ttft=-1", "not understood"), ("ttft=0", "above 0"), ("tpot=0.0ms", "above 0"), ("ttft=1,ttft=2", "ttft twice"),
+    ("ttft=200,tpot=50ms", "write 200ms or 200s"),
 ])  # fmt: skip
 def test_limits_that_say_nothing_are_refused(text, says):
     """No limit at all, one that nothing can meet, or two of a kind: the sentence says which."""
