@@ -117,7 +117,12 @@ def test_report_rebuilds(result, tmp_path):
         (("compare", "--budget", "cpu:4096"), "cpu:1 to cpu:"),
         (("compare", "--slo", "ttft=fast"), "ttft=200ms"),
         (("compare", "--prompt-len", "long"), "write 512"),
+        (("compare", "--slo", "ttft=200"), "write 200ms or 200s"),
+        (("compare", "--prompt-len", "9000"), "the context holds"),
+        (("compare", "--model", "smolm2"), "Did you mean smollm2?"),
         (("compare", "--qick"), "--quick"),
+        (("generate", "--model", "seed", "a text"), "no tokenizer"),
+        (("generate", "--model", "seed", "--ids", "1,999999"), "Token ids must lie between"),
         (("compar",), "Did you mean 'compare'"),
         (("report", "nowhere"), "folder that compare has written"),
     ],
@@ -170,3 +175,10 @@ def _wait_for(condition, process, limit_s=90.0):
             return found
         time.sleep(0.1)
     raise AssertionError("it did not come")
+
+
+def test_a_gpu_that_is_not_here_is_bad_input(tmp_path):
+    """Whatever the driver says of it: exit code 2, and no folder."""
+    done = _run("compare", "--model", "seed", "--budget", "cuda:99", "--out", str(tmp_path / "out"))
+    assert (done.returncode, "Budget cuda:99" in done.stderr) == (2, True), done.stderr
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from disagg.measure import run as runs
 from disagg.measure.compare import compare as measure
 from disagg.measure.tables import show
 from disagg.workload.lengths import Lengths
-from disagg.workload.workload import Shape
+from disagg.workload.workload import Limits, Shape
 
 GIB = 1 << 30
 _ENGINE, _ON_GPUS = EngineSpec.on("cpu"), EngineSpec.on("cuda")
@@ -150,6 +150,7 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
     budget = Budget.parse(options["budget"], cores)
     settings = _settings(options, budget)
     arms = runs.make_arms(settings, cores)
+    _check(settings, arms)
     run = runs.Run(
         command=shlex.join(["disagg", *sys.argv[1:]]),
         settings=settings,
@@ -212,6 +213,21 @@ def _settings(options: dict[str, Any], budget: Budget) -> runs.Settings:
         lang=options["lang"],
         **chosen,
     )
+
+
+def _check(settings: runs.Settings, arms: list[runs.Arm]) -> None:
+    """Refuse what cannot be served while no worker runs: the devices and the model's configuration decide it."""
+    from disagg.cluster import limits  # pulls in torch
+    from disagg.model.load import load_info
+
+    for arm in arms:
+        limits.check_devices(arm.deployment.budget)
+    spec = load_info(settings.engine.model, settings.engine.max_len).spec
+    max_len = limits.resolved(settings.engine, spec.max_len).max_len or 0
+    for arm in arms:
+        limits.pages_per_worker(arm.engine, spec, arm.deployment)
+    if not settings.trace:
+        settings.shape.check(Limits(spec.vocab_size, max_len))
 
 
 def _headline(run: runs.Run) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from disagg.cluster.policies import DEFAULT, POLICIES
-from disagg.config import DTYPES, Dtype
+from disagg.config import DTYPES, Dtype, EngineSpec
 from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
 
@@ -21,6 +21,18 @@ def _prompt(text: str | None, ids: str | None) -> str | list[int]:
         return [int(part) for part in ids.split(",")]
     except ValueError:
         raise InputError(f"--ids {ids!r} is not understood: write whole numbers with commas, as in 1,2,3.") from None
+
+
+def _check(asked: str | list[int], params: SamplingParams, model: str, max_len: int | None) -> None:
+    """Refuse a prompt that the model cannot take while no worker runs."""
+    from disagg.cluster import limits
+    from disagg.model.load import load_info
+
+    info = load_info(model, max_len)
+    engine = limits.resolved(EngineSpec(model=model, max_len=max_len), info.spec.max_len)
+    tokens = info.tokenizer.encode(asked) if isinstance(asked, str) else asked
+    any_room = info.spec.max_len  # pages: what a worker has is not known yet
+    limits.validate(tokens, params, engine, info.spec.vocab_size, any_room)
 
 
 @click.command(
@@ -71,13 +83,17 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Continue PROMPT on any deployment, streamed to standard output."""
-    from disagg.llm import LLM  # imports torch: slow
-    from disagg.model.tokenizer import NoTokenizer
-
     asked = _prompt(prompt, ids)
     if chat and ids is not None:
         raise InputError("--chat puts a text into the chat template: give a text, or leave --chat out.")
     params = SamplingParams(stop=stop, **sampling)
+    if not as_json:
+        click.echo(f"Loading {model} ...", err=True)
+
+    from disagg.llm import LLM  # imports torch: slow
+    from disagg.model.tokenizer import NoTokenizer
+
+    _check(asked, params, model, max_len)
     engine = {"random_weights": random_weights, "dtype": dtype, "max_len": max_len, "prefix_caching": prefix_caching}
     with LLM(model, deploy, budget, policy, **engine) as llm:
         if chat:
