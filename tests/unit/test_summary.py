@@ -11,11 +11,14 @@ from disagg.errors import BudgetError, InputError
 from disagg.measure import stages
 from disagg.measure.compare import compare, merge_note
 from disagg.measure.guards import differences, run_guards
+from disagg.measure.report import render
 from disagg.measure.run import RECORDS, SUMMARY, WORKLOADS, Run, Settings, Trial, make_arms, read_run, write_run
 from disagg.measure.summary import read_summary, summarize
 from disagg.measure.tables import show
+from disagg.measure.words import Words
 from disagg.record import Record, read_records
-from disagg.workload.workload import Note, Workload
+from disagg.workload.lengths import Lengths
+from disagg.workload.workload import Note, Shape, Workload
 
 QUICK = Settings(repeats=3, rates=(20.0, 60.0), duration_s=2.0, requests=5, tune=False)
 
@@ -132,12 +135,25 @@ def test_it_can_be_printed(tmp_path, lang):
         assert expected in text
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_figures_of_others_stand_beside_their_own_workload_only(tmp_path, lang):
+    """Other lengths, other numbers: nothing published is printed or on the page."""
+    other = msgspec.structs.replace(QUICK, shape=Shape(Lengths("fixed", 50), Lengths("fixed", 10)))
+    _, summary, _ = _compare(tmp_path, other)
+    console = Console(record=True, width=160, file=io.StringIO())
+    show(summary, tmp_path, console, lang)
+    text = console.export_text() + render(summary, {}, Words(lang))
+    for published in ("182.3", "156.7", "14.04", "ublished", "已发表"):
+        assert published not in text
+
+
 def test_different_tokens_make_the_run_void(tmp_path):
     """Arms that do not give the same tokens did not do the same work: no verdict."""
     _, summary, _ = _compare(tmp_path, disagg_options={"wrong_tokens": True})
     assert summary["token_mismatches"]["1P1D"] > 15
     assert [reason["key"] for reason in summary["void"]] == ["tokens"]
     assert summary["overall"]["key"] == "overall_void"
+    assert summary["sequential"]["why"] == []
 
 
 def test_failures_make_their_part_void(tmp_path):

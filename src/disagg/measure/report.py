@@ -131,34 +131,41 @@ def _sentence(verdict: Plain | None, words: Words) -> str:
 
 
 def _one_at_a_time(sequential: Plain, words: Words) -> dict[str, Any] | None:
-    """Columns and rows of the table: every arm, then the published figures. None without that phase."""
+    """Columns and rows of the table: every arm, then the published figures, if any. None without that phase."""
     arms = sequential["arms"]
     if not arms:
         return None
-    published = sequential["published"]
-    stages = ("prefill", "handoff", "decode")
     rows = [
-        (words("table.total"), [_spread(arm["total_s"]) for arm in arms.values()], "colocated_s", "disaggregated_s"),
+        (words("table.total"), [_spread(arm["total_s"]) for arm in arms.values()]),
         *(
-            (words(f"part.{stage}"), [_spread(arm[f"{stage}_s"]) for arm in arms.values()], "", f"{stage}_s")
-            for stage in stages
+            (words(f"part.{stage}"), [_spread(arm[f"{stage}_s"]) for arm in arms.values()])
+            for stage in ("prefill", "handoff", "decode")
         ),
-        (words("table.ttft"), [_spread(arm["ttft_s"]) for arm in arms.values()], "", ""),
     ]
-    table = [
-        (label, cells, *(f"{1e3 * published[key]:.1f}" if key else "–" for key in (base, other)))
-        for label, cells, base, other in rows
-    ]
-    shares = [(percent(arm["handoff_share"]), "") for arm in arms.values()]
-    table.insert(4, (words("table.handoff_share"), shares, "–", percent(published["handoff_share"])))
-    counts = [(f"{arm['completed']} / {arm['failed']}", "") for arm in arms.values()]
-    table.append((words("table.num"), counts, "–", "–"))
+    rows.append((words("table.handoff_share"), [(percent(arm["handoff_share"]), "") for arm in arms.values()]))
+    rows.append((words("table.ttft"), [_spread(arm["ttft_s"]) for arm in arms.values()]))
+    rows.append((words("table.num"), [(f"{arm['completed']} / {arm['failed']}", "") for arm in arms.values()]))
     differences = [
         _difference(sequential["relative_difference"] if name == sequential.get("other") else None, " %")
         for name in arms
     ]
-    table.append((words("table.relative"), differences, "–", change(published["relative_difference"]) + " %"))
-    return {"arms": list(arms), "rows": table, "verdict": _sentence(sequential["verdict"], words)}
+    rows.append((words("table.relative"), differences))
+    published = sequential["published"]
+    if published:
+        for (_, cells), more in zip(rows, _published(published), strict=True):
+            cells += [(cell, "") for cell in more]
+    verdict = _sentence(sequential["verdict"], words)
+    return {"arms": list(arms), "rows": rows, "published": bool(published), "verdict": verdict}
+
+
+def _published(figures: Plain) -> list[tuple[str, str]]:
+    """What was published of the colocated and of the disaggregated deployment, for each row of the table."""
+    total, prefill, handoff, decode = (
+        f"{1e3 * figures[name]:.1f}" for name in ("disaggregated_s", "prefill_s", "handoff_s", "decode_s")
+    )
+    share, relative = percent(figures["handoff_share"]), change(figures["relative_difference"]) + " %"
+    rows = (prefill, handoff, decode, share, "–", "–", relative)
+    return [(f"{1e3 * figures['colocated_s']:.1f}", total), *(("–", each) for each in rows)]
 
 
 def _spread(stat: Plain) -> tuple[str, str]:

@@ -129,7 +129,12 @@ def measure_capacity(
     if least > found.rate:
         tokens_per_s = burst.tokens_per_s * least / burst.rate
         found = msgspec.structs.replace(found, rate=least, tokens_per_s=tokens_per_s)
-    values = {"arm": arm.name, "window_s": burst.window_s, "measured": burst.rate, "rate": found.rate}
+    values: dict[str, float | int | str] = {
+        "arm": arm.name,
+        "window_s": burst.window_s,
+        "measured": burst.rate,
+        "rate": found.rate,
+    }
     return found, [Note("capacity_ramp", values)]
 
 

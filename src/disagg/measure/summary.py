@@ -9,12 +9,12 @@ import msgspec
 from disagg.errors import InputError
 from disagg.measure import metrics
 from disagg.measure.guards import UNSPLIT_LIMIT, Broken, differences, mismatches, run_guards, unsplit
-from disagg.measure.run import RECORDS, SUMMARY, Arm, Run, read_run
+from disagg.measure.run import RECORDS, SUMMARY, Arm, Run, Settings, read_run
 from disagg.measure.sentences import say, sentence
 from disagg.measure.stats import Interval, paired_difference, paired_ratio
 from disagg.measure.verdict import METRICS, Verdict, judge
 from disagg.record import Record, read_records
-from disagg.workload.workload import Note
+from disagg.workload.workload import Note, Shape
 
 # The original experiment's figures, seconds: mean latency of both deployments and of the stages.
 PUBLISHED = {
@@ -133,7 +133,7 @@ def _sequential(records: Sequence[Record], run: Run, broken: Sequence[Broken]) -
         "requests": run.settings.requests,
         "repeats": len({record.repeat for record in records}),
         "arms": arms,
-        "published": PUBLISHED,
+        "published": PUBLISHED if _as_published(run.settings) else None,
         "void": _void(broken, "sequential", 0.0),
     }
     pair = _opponents(by_arm, run.arms, lambda found: metrics.e2e(found).mean or float("inf"))
@@ -145,9 +145,10 @@ def _sequential(records: Sequence[Record], run: Run, broken: Sequence[Broken]) -
     why = [Note("one_at_a_time")]
     if verdict is not None and verdict.kind == "better":
         why.append(Note("one_at_a_time_gain", {"other": other}))
-    parts = PUBLISHED["prefill_s"] + PUBLISHED["decode_s"] + PUBLISHED["handoff_s"]
-    values = {"gain": PUBLISHED["gain"], "parts": parts, "colocated": PUBLISHED["colocated_s"]}
-    why.append(Note("published", values))
+    if result["published"]:
+        parts = PUBLISHED["prefill_s"] + PUBLISHED["decode_s"] + PUBLISHED["handoff_s"]
+        values = {"gain": PUBLISHED["gain"], "parts": parts, "colocated": PUBLISHED["colocated_s"]}
+        why.append(Note("published", values))
     if sum(not arm.deployment.disaggregated for arm in run.arms) > 1:
         why.append(Note("better_colocated", {"arm": base}))
     return result | {
@@ -156,8 +157,13 @@ def _sequential(records: Sequence[Record], run: Run, broken: Sequence[Broken]) -
         "relative_difference": interval,
         "handoff_share": arms[other]["handoff_share"],
         "verdict": _told(verdict),
-        "why": _notes(why),
+        "why": [] if result["void"] else _notes(why),  # void numbers need no explanation
     }
+
+
+def _as_published(settings: Settings) -> bool:
+    """Whether the published figures are of this model and workload; beside others they would mean nothing."""
+    return settings.engine.model == "seed" and settings.shape == Shape() and not settings.trace
 
 
 def _sequential_arm(records: list[Record]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ _WORDS: dict[str, dict[str, str]] = {
         "colocated": "coloc.",
         "disaggregated": "disagg.",
         "p99": "p50/p90/p99",
-        "difference": "Relative difference {other} / {base} - 1: {estimate:+.2%} ({low:+.2%} to {high:+.2%}); "
-        "published: {published:+.2%}.",
-        "difference_single": "Relative difference {other} / {base} - 1: {estimate:+.2%} (one repeat: no interval); "
-        "published: {published:+.2%}.",
+        "difference": "Relative difference {other} / {base} - 1: {estimate:+.2%} ({low:+.2%} to {high:+.2%})",
+        "difference_single": "Relative difference {other} / {base} - 1: {estimate:+.2%} (one repeat: no interval)",
+        "difference_published": "; published: {relative_difference:+.2%}",
+        "stop": ".",
         "rate": "{rate:g} requests/s{load}, {repeats} repeats; p50 / p90 / p99, ms",
         "load": " ({load:.0%} of the colocated capacity)",
         "throughput": "throughput, tokens/s",
@@ -51,10 +51,10 @@ _WORDS: dict[str, dict[str, str]] = {
         "colocated": "合并",
         "disaggregated": "分离",
         "p99": "p50/p90/p99",
-        "difference": "相对差异 {other} / {base} - 1：{estimate:+.2%}（{low:+.2%} 至 {high:+.2%}）；"
-        "已发表：{published:+.2%}。",
-        "difference_single": "相对差异 {other} / {base} - 1：{estimate:+.2%}（仅一次重复，无区间）；"
-        "已发表：{published:+.2%}。",
+        "difference": "相对差异 {other} / {base} - 1：{estimate:+.2%}（{low:+.2%} 至 {high:+.2%}）",
+        "difference_single": "相对差异 {other} / {base} - 1：{estimate:+.2%}（仅一次重复，无区间）",
+        "difference_published": "；已发表：{relative_difference:+.2%}",
+        "stop": "。",
         "rate": "{rate:g} 请求/s{load}，{repeats} 次重复；p50 / p90 / p99，ms",
         "load": "（合并部署容量的 {load:.0%}）",
         "throughput": "吞吐量，token/s",
@@ -95,7 +95,7 @@ def show(summary: Mapping[str, Any], folder: Path, console: Console, lang: Lang)
 def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console, lang: Lang) -> None:
     words, arms, published = _WORDS[lang], part["arms"], part["published"]
     title = words["sequential"].format(requests=part["requests"], repeats=part["repeats"])
-    kinds = ("colocated", "disaggregated")
+    kinds = ("colocated", "disaggregated") if published else ()
     table = _table(title, [*arms, *(words["published"].format(kind=words[kind]) for kind in kinds)])
     table.add_row(
         words["total_s"],
@@ -103,17 +103,20 @@ def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console,
         *(_ms(published[f"{kind}_s"]) for kind in kinds),
     )
     for name in ("prefill_s", "decode_s", "handoff_s"):
-        table.add_row(words[name], *(_ms(arm[name]["mean"]) for arm in arms.values()), "", _ms(published[name]))
-    shares = [arm["handoff_share"] for arm in arms.values()]
-    table.add_row(words["share"], *map(_share, shares), "", _share(published["handoff_share"]))
+        theirs = ("", _ms(published[name])) if published else ()
+        table.add_row(words[name], *(_ms(arm[name]["mean"]) for arm in arms.values()), *theirs)
+    theirs = ("", _share(published["handoff_share"])) if published else ()
+    table.add_row(words["share"], *(_share(arm["handoff_share"]) for arm in arms.values()), *theirs)
     percentiles = (_percentiles(arm["total_s"]) for arm in arms.values())
-    table.add_row(f"{words['total_s']} {words['p99']}", *percentiles, "", "")
+    table.add_row(f"{words['total_s']} {words['p99']}", *percentiles)
     console.print(table)
     found = part["relative_difference"]
     if found:
         text = words["difference" if found["low"] is not None else "difference_single"]
-        values = {"base": part["base"], "other": part["other"], "published": published["relative_difference"], **found}
-        console.print(text.format(**values), highlight=False)
+        text = text.format(base=part["base"], other=part["other"], **found)
+        if published:
+            text += words["difference_published"].format(**published)
+        console.print(text + words["stop"], highlight=False)
     _verdicts([part["verdict"]], part["void"], whole, console, lang)
     for note in part["why"]:
         console.print(say(note["key"], note["values"], lang), highlight=False)
