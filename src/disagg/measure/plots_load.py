@@ -60,7 +60,7 @@ def draw_against_rate(scene: Scene) -> Figure | None:
     for axes, name in zip(panels, ("ttft", "tpot", "itl"), strict=False):
         for percentile in ("p50", "p99"):
             _curves(scene, axes, _percentile_ms(name, percentile), percentile)
-        axes.set(title=words(f"plot.{name}_rate"), ylabel=words("axis.ms"))
+        axes.set(title=words(f"plot.{name}_rate"), ylabel=words("axis.log_ms"))
         log_ms(axes, "y")
         limit = getattr(scene.slo, f"{name}_s", None)
         if limit is not None:

@@ -133,10 +133,18 @@ def log_ms(axes: Axes, which: str) -> None:
     if not low > 0:  # nothing was drawn
         low, high = 1.0, 100.0
         (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0, 3.0) if high < 2000 * low else (1.0,)
-    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axis.set_major_locator(LogLocator(subs=_steps(high / low), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def _steps(span: float) -> tuple[float, ...]:
+    """Which multiples of the powers of ten carry a label on an axis whose end is `span` times its start."""
+    if span < 4:
+        return (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    if span < 15:
+        return (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    return (1.0, 2.0, 5.0) if span < 100 else (1.0, 3.0) if span < 2000 else (1.0,)
 
 
 def legend_above(figure: Figure, axes: Axes, columns: int = 8) -> None:
