@@ -11,6 +11,7 @@ from disagg.cli import keys as api_keys
 from disagg.cluster.policies import DEFAULT, POLICIES
 from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
 from disagg.errors import InputError
+from disagg.server.listening import listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,9 +105,10 @@ def serve(
         prefix_caching=prefix_caching,
     )
 
+    listener = listen(host, port)
+
     from disagg.cluster.cluster import Cluster  # imports torch: slow
     from disagg.server.guards import Keys
-    from disagg.server.run import listen
     from disagg.server.run import serve as run
     from disagg.server.state import Settings
 
@@ -126,7 +128,7 @@ def serve(
     )
     drained = run(
         make,
-        listen(host, port),
+        listener,
         settings,
         Keys(keys),
         frozenset() if host in _ANY else frozenset({host, *(_LOOPBACK if host in _LOOPBACK else ())}),

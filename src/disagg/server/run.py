@@ -18,7 +18,6 @@ import uvloop
 
 from disagg.cluster.cluster import Cluster
 from disagg.cluster.status import Status
-from disagg.errors import InputError
 from disagg.record import Record, write_records
 from disagg.server.app import create_app
 from disagg.server.front import Front
@@ -28,28 +27,10 @@ from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
 from disagg.server.telemetry import traces
 
-_UNREAD_S = 30  # a client that takes no data for so long is cut off by the kernel
 _TICK_S = 0.05
 _LAST_WORDS_S = 2  # for answers that say that the server stops
 
 Make = Callable[[Callable[[str], None]], Cluster]
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises InputError when the address cannot be had."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_S * 1000
-        )  # accepted sockets inherit it
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        raise InputError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port.") from None
-    return listener
 
 
 def serve(

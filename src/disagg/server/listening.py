@@ -1,0 +1,24 @@
+"""The server's socket: taken before anything slow is imported or started, so that a taken port is told at once."""
+
+import socket
+
+from disagg.errors import InputError
+
+_UNREAD_S = 30  # a client that takes no data for so long is cut off by the kernel
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises InputError when the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_S * 1000
+        )  # accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise InputError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port.") from None
+    return listener
