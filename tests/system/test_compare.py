@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,9 @@ def result(tmp_path_factory):
     assert done.stdout, done.stderr
     void = json.loads(done.stdout)["overall"]["key"] == "overall_void"  # on a busy machine it may be
     assert done.returncode == (1 if void else 0), done.stderr
+    stages = re.findall(r"^([a-z ]+): \d+\.\d s$", done.stderr, re.MULTILINE)  # no terminal: a line for each
+    assert stages[:2] == ["start", "warm up"]
+    assert stages[-1] == "report"
     return folder, json.loads(done.stdout)
 
 

@@ -161,7 +161,7 @@ def compare(out: Path | None, as_json: bool, **options: Any) -> None:
     )
     console = Console(stderr=True)
     console.print(_headline(run), style="bold", highlight=False)
-    with _results_folder(out, settings.engine.model) as folder, _Bar(console) as bar:
+    with _results_folder(out, settings.engine.model) as folder, _progress(console) as bar:
         start = functools.partial(Cluster, policy=settings.policy)
         summary = measure(run, folder, start, WallClock(), bar)
         bar.stage("report")
@@ -263,6 +263,29 @@ def _results_folder(out: Path | None, model: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # not empty: the usual case
             out.rmdir()
+
+
+def _progress(console: Console) -> "_Bar | contextlib.nullcontext[_Lines]":
+    """Bars for people, lines for logs."""
+    return _Bar(console) if console.is_terminal else contextlib.nullcontext(_Lines())
+
+
+class _Lines:
+    """Progress on a stderr that is no terminal: one line per finished stage."""
+
+    def __init__(self) -> None:
+        self._clock = WallClock()
+        self._text, self._left, self._begun_at = "", 0, 0.0
+
+    def stage(self, text: str, total: int = 1) -> None:
+        """See measure.compare.Progress."""
+        self._text, self._left, self._begun_at = text, total, self._clock.now()
+
+    def step(self) -> None:
+        """See measure.compare.Progress."""
+        self._left -= 1
+        if self._left == 0:
+            click.echo(f"{self._text}: {self._clock.now() - self._begun_at:.1f} s", err=True)
 
 
 class _Bar:
