@@ -141,6 +141,14 @@ def test_a_stop_string_is_never_shown(client, expected):
     assert pieces[-1].choices[0].finish_reason == "stop"
 
 
+def test_max_tokens_is_bounded_by_the_context(server):
+    """500 tokens of a context of 512 leave 12: no more come than fit, whatever was allowed, and that is a length."""
+    body = {"prompt": "a" * 500, "max_tokens": 100, "ignore_eos": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 12
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
