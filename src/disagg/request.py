@@ -61,17 +61,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def __post_init__(self) -> None:
         rules = (
             (self.temperature == 0 or 1e-5 <= self.temperature < 1e5, "temperature must be 0, or from 1e-5 to 1e5"),
-            (self.top_k >= 0, "top_k must be at least 0 (0 keeps all tokens)"),
+            (0 <= self.top_k < 2**31, "top_k must lie between 0 (which keeps all tokens) and 2**31 - 1"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must lie between 0 and 1"),
             (0.01 <= self.repetition_penalty <= 100, "repetition_penalty must lie between 0.01 and 100"),
             (-2 <= self.presence_penalty <= 2, "presence_penalty must lie between -2 and 2"),
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty must lie between -2 and 2"),
-            (self.max_tokens >= 1, "max_tokens must be at least 1"),
+            (1 <= self.max_tokens < 2**31, "max_tokens must be at least 1 and below 2**31"),
             (0 <= self.min_tokens <= self.max_tokens, "min_tokens must lie between 0 and max_tokens"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must lie between 0 and 20"),
             (self.seed is None or 0 <= self.seed < 2**63, "seed must lie between 0 and 2**63 - 1"),
             (all(self.stop), "stop strings must not be empty"),
+            (all(0 <= token < 2**31 for token in self.stop_token_ids), "stop_token_ids must be token ids"),
         )
         for holds, message in rules:
             if not holds:

@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +91,7 @@ def serve(
     Prints its address when it is ready, and one JSON line per request on standard error. SIGTERM lets requests finish
     and exits with code 0; Ctrl-C stops at once.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # nothing is served yet that could be finished
     keys = [key for source in key_sources for key in api_keys.read(source)]
     if host not in _LOOPBACK and not keys and not no_api_key:
         raise InputError(f"Listening on {host} lets others in: give --api-key, or --no-api-key if that is meant.")
@@ -131,7 +134,7 @@ def serve(
         listener,
         settings,
         Keys(keys),
-        frozenset() if host in _ANY else frozenset({host, *(_LOOPBACK if host in _LOOPBACK else ())}),
+        frozenset() if host in _ANY else frozenset({host.lower(), *(_LOOPBACK if host in _LOOPBACK else ())}),
         records=records,
         on_ready=lambda url: click.echo(f"{settings.model} on {deployment.name} at {url}"),
     )

@@ -9,6 +9,7 @@ event loop and outside every worker, because here a stop string can end a reques
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 from collections import deque
@@ -23,6 +24,8 @@ from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
 from disagg.server.problems import Problem, unavailable
 from disagg.text import Detokenizes, TextStream
+
+log = logging.getLogger("disagg.serve")
 
 MOST_UNREAD = 4096  # pieces of one exchange; a client that lags so far behind has stopped reading
 _POLL_S = 0.25
@@ -262,7 +265,9 @@ class Front:
                     routing=routing,
                     deadline_s=exchange.deadline_s,
                 )
-            except (DisaggError, Problem) as error:
+            except Exception as error:  # whatever is wrong with this request, the others go on
+                if not isinstance(error, DisaggError | Problem):
+                    log.exception("A request could not be sent")
                 self._news.append((exchange.fail, error))
                 self._abort(cluster, exchange)
                 return

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from disagg.clock import WallClock
 from disagg.request import SamplingParams
 from disagg.server.answers import Form
 from disagg.server.asked import ChatRequest, CompletionRequest, Generate, decode
 from disagg.server.front import Ask
-from disagg.server.problems import Problem
+from disagg.server.problems import Problem, gone
 from disagg.server.reply import Reply
 from disagg.server.state import State
 
@@ -66,6 +66,8 @@ async def read(request: Request, kind: type[_Asked]) -> _Asked:
                     )
     except TimeoutError:
         raise Problem(408, f"The body did not come within {settings.body_s:g} s.") from None
+    except ClientDisconnect:
+        raise gone() from None
     return decode(kind, bytes(body))
 
 

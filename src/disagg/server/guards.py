@@ -22,7 +22,7 @@ from disagg.server.state import State
 log = logging.getLogger("disagg.serve")
 
 _OPEN = ("/", "/health", "/static/")  # hold nothing that a key should guard
-_TOKENS = ("/v1/completions", "/v1/chat/completions")
+_WORK = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/audit")  # counts against the limit
 _QUIET = ("/health", "/metrics", "/live", "/static/")  # asked again and again: logged only when they fail
 
 
@@ -72,15 +72,15 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        wants_tokens = path in _TOKENS
-        self._state.num_requests += wants_tokens
+        is_work = path in _WORK
+        self._state.num_requests += is_work
         try:
             self._check(scope, path)
             await self._app(scope, receive, sending)
         except Problem as problem:
             await problem.response()(scope, receive, sending)
         finally:
-            self._state.num_requests -= wants_tokens
+            self._state.num_requests -= is_work
             self._note(scope, status, time.monotonic() - started_at)
 
     def _check(self, scope: Scope, path: str) -> None:
@@ -95,10 +95,10 @@ class Guard:
             raise Problem(401, message, code="invalid_api_key")
         if (
             scope["method"] == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
+            and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
         ):
             raise Problem(415, "Send JSON, with the header Content-Type: application/json.")
-        if path in _TOKENS:
+        if path in _WORK:
             if self._state.stopping:
                 raise unavailable(self._state.stopping)
             if self._state.num_requests > (most := self._state.settings.max_requests):

@@ -47,7 +47,7 @@ async def detokenize(request: Request) -> Response:
     vocab_size = state.info().spec.vocab_size
     if any(not 0 <= token < vocab_size for token in asked.tokens):
         raise Problem(400, f"Token ids must lie between 0 and {vocab_size - 1}.", param="tokens")
-    return answer({"prompt": state.info().tokenizer.decode(asked.tokens)})
+    return answer({"prompt": await state.decode(asked.tokens)})
 
 
 async def health(request: Request) -> Response:

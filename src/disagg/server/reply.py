@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from disagg.errors import DisaggError
 from disagg.record import Record
 from disagg.server.answers import Events, Form, Whole, failure
+from disagg.server.asked import FIELDS
 from disagg.server.front import Exchange, Piece
 from disagg.server.problems import Problem, answer, gone, problem_of
 from disagg.server.state import State
@@ -52,7 +53,7 @@ class Reply:
             limit_s = self.state.settings.deadline_s
             await self._fail(Problem(504, f"Not finished within {limit_s:g} s.", code="deadline"), started, send)
         except (Problem, DisaggError) as error:
-            await self._fail(problem_of(error), started, send)
+            await self._fail(problem_of(error, FIELDS), started, send)
         finally:
             watch.cancel()
             if not complete:

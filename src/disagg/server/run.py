@@ -75,7 +75,10 @@ async def _serve(
             tracing.add(record)
         if records is not None:
             record.tokens = []
-            write_records(records, [record])
+            try:
+                write_records(records, [record])
+            except OSError as error:  # a full disk must not end what is served
+                log.error(json.dumps({"event": "records", "error": str(error)}))
 
     metrics = Metrics(status)
     tracing = traces(settings.model)

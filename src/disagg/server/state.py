@@ -18,6 +18,7 @@ from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem, unavailable
 
 _INLINE_LEN = 2_000  # characters: encoding more would hold up the event loop for over a millisecond
+_MESSAGE_LEN = 50  # what a message of a conversation costs beside its text, in characters
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +42,7 @@ class State:
         self.front = front
         self.metrics = metrics
         self.created = int(time.time())
-        self.num_requests = 0  # HTTP requests for tokens that are under way
+        self.num_requests = 0  # HTTP requests that cost something and are under way
         self.stopping = ""
         self._encoder = ThreadPoolExecutor(1, "encode")
 
@@ -94,9 +95,16 @@ class State:
             raise RequestError("messages must not be empty.")
         plain = [message.plain() for message in messages]
         chat = self.info().tokenizer.chat
-        if sum(len(message["content"]) for message in plain) <= _INLINE_LEN:
+        if sum(len(message["content"]) + _MESSAGE_LEN for message in plain) <= _INLINE_LEN:
             return chat(plain)
         return await asyncio.get_running_loop().run_in_executor(self._encoder, chat, plain)
+
+    async def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, which must be the model's."""
+        decode = self.info().tokenizer.decode
+        if len(tokens) <= _INLINE_LEN:
+            return decode(tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, decode, tokens)
 
     def model(self) -> dict[str, Any]:
         """The served model as the OpenAI API lists it; `max_model_len` as vLLM adds it."""
