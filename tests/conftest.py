@@ -1,0 +1,9 @@
+"""For all tests."""
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_this_run(tmp_path_factory):
+    """Pytest's own folder is made before any test changes where temporary files go, and removes that place again."""
+    return tmp_path_factory.getbasetemp()
