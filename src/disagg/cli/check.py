@@ -9,9 +9,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from disagg.cli import check_live, keys
+from disagg.cli import check_live, keys, options
 from disagg.clock import WallClock
-from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
+from disagg.config import Budget, Deployment, Dtype, EngineSpec
 from disagg.measure.run import cpu_name
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ Examples:
   disagg check --url http://127.0.0.1:8000 --api-key file:keys.txt
 """
 )
-@click.option("--model", default="seed", show_default=True, help="seed, smollm2, a folder, GGUF or hub id.")
-@click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
-@click.option("--deploy", default="1P1D", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
-@click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
+@options.deployment(model="seed", deploy="1P1D")
 @click.option("--url", help="Check a running `disagg serve` instead; the options above are then its own.")
 @click.option("--api-key", "key_source", help="Its key, with --url: file:PATH or env:NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON line.")
@@ -170,8 +166,4 @@ def _show(found: dict[str, Any], console: Console) -> None:
         console.print(speeds)
     agree = sum(one["agrees"] for one in found["canary"])
     console.print(f"canary: {agree} of {len(found['canary'])} agree", highlight=False)
-    for warning in found["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-    for fault in found["faults"]:
-        console.print(f"wrong: {fault}", style="red", highlight=False, soft_wrap=True)
-    console.print("healthy" if found["healthy"] else "not healthy", style="bold")
+    check_live.conclude(found, console)

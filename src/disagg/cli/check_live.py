@@ -84,6 +84,11 @@ def show(found: dict[str, Any], console: Console) -> None:
         sung = found["canary"]
         agree = "not needed" if sung is None else "agrees" if sung["colocated"] == sung["disaggregated"] else "died"
         console.print(f"canary: {agree}", highlight=False)
+    conclude(found, console)
+
+
+def conclude(found: dict[str, Any], console: Console) -> None:
+    """What is slow, what is wrong, and whether it is healthy: the end of every check."""
     for warning in found["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     for fault in found["faults"]:

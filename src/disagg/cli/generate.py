@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from disagg.cluster.policies import DEFAULT, POLICIES
-from disagg.config import DTYPES, Dtype, EngineSpec
+from disagg.cli import options
+from disagg.config import Dtype, EngineSpec
 from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
 
@@ -45,17 +45,9 @@ Examples:
 )
 @click.argument("prompt", required=False)
 @click.option("--ids", help="Token ids instead of a text, as in 1,2,3; the model seed needs them.")
-@click.option(
-    "--model", default="smollm2", show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
-)
-@click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
-@click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
-@click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
-@click.option(
-    "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True, help="Who gets a request."
-)
-@click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
+@options.deployment(model="smollm2", deploy="1C")
+@options.policy
+@options.max_len
 @click.option("--prefix-caching", is_flag=True, help="Share the pages of prompts that begin alike.")
 @click.option("--chat", is_flag=True, help="Put the text into the model's chat template as a user's message.")
 @click.option("--max-tokens", default=64, show_default=True, help="Length of the output, in tokens.")

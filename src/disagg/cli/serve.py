@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from disagg.cli import keys as api_keys
-from disagg.cluster.policies import DEFAULT, POLICIES
-from disagg.config import DTYPES, Budget, Deployment, Dtype, EngineSpec
+from disagg.cli import options
+from disagg.config import Budget, Deployment, Dtype, EngineSpec
 from disagg.errors import InputError
 from disagg.server.listening import listen
 
@@ -33,18 +33,10 @@ Examples:
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The capital of France is"}'
 """
 )
-@click.option(
-    "--model", default="smollm2", show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
-)
+@options.deployment(model="smollm2", deploy="1C")
 @click.option("--served-model-name", help="What clients call it. Default: the name of --model.")
-@click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs.")
-@click.option("--deploy", default="1C", show_default=True, help="1C, 2C, 1P1D, 2P1D, ...")
-@click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process.")
-@click.option(
-    "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True, help="Who gets a request."
-)
-@click.option("--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's.")
+@options.policy
+@options.max_len
 @click.option(
     "--kv-memory", type=float, help="KV cache in GiB, split over the workers. Default: 1; all a GPU has left."
 )

@@ -28,7 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 4 << 20
     max_prompt_len: int | None = None  # tokens; None: what the context allows
     max_choices: int = 64  # prompts of a batch times n
-    max_requests: int = 512  # HTTP requests for tokens at a time
+    max_requests: int = 512  # HTTP requests that cost something, at a time: guards._WORK
     deadline_s: float = 600.0  # from the arrival of a request to the end of its answer
     body_s: float = 30.0  # how long a client may take to send its body
     drain_s: float = 30.0  # how long requests may go on after SIGTERM

@@ -1,0 +1,37 @@
+"""Options that several commands share: which model, on which deployment."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from disagg.cluster.policies import DEFAULT, POLICIES
+from disagg.config import DTYPES
+
+
+def deployment(*, model: str, deploy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--model, --random-weights, --dtype, --deploy and --budget, with the defaults of a command."""
+    options = (
+        click.option(
+            "--model", default=model, show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
+        ),
+        click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs."),
+        click.option("--deploy", default=deploy, show_default=True, help="1C, 2C, 1P1D, 2P1D, ..."),
+        click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process."),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+policy = click.option(
+    "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True, help="Who gets a request."
+)
+max_len = click.option(
+    "--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's."
+)
