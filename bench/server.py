@@ -72,6 +72,8 @@ class InstantCluster:
     def workers(self):  # noqa: D102
         return []
 
+    def check(self, asked): ...  # noqa: D102
+
     def submit(self, prompt, params, **rest):  # noqa: D102
         record = Record(request_id=f"{next(self._ids):032x}", index=0, prompt_len=len(prompt))
         record.scheduled_at, record.max_tokens = rest["scheduled_at"], params.max_tokens

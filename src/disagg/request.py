@@ -33,6 +33,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_tokens or the end of the context
     ABORT = "abort"  # the client went away or asked to stop
     ERROR = "error"  # it failed; the Record says why
+    REFUSED = "refused"  # it was never taken: no room for it, or it could not be served
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ class TextStream:
     """One request's text. `push` returns what may be shown; after a stop string `stopped` is True and nothing follows.
 
     Text that could be the beginning of a stop string is held back until it is decided. The stop string itself is not
-    shown, as in the OpenAI API.
+    shown, as in the OpenAI API. `begins_at` counts the characters before those of the last push, shown or held back.
     """
 
     def __init__(self, detokenizer: Detokenizes, stop: Sequence[str]) -> None:
@@ -28,6 +28,8 @@ class TextStream:
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
+        self.begins_at = 0
+        self._num_chars = 0
 
     def push(self, ids: Sequence[int], final: bool = False) -> str:
         """Take new tokens; `final` says that no more will come, so nothing needs to be held back."""
@@ -36,6 +38,9 @@ class TextStream:
         new = self._detokenizer.push(ids)
         if final:
             new += self._detokenizer.flush()
+        broken = len(new) - len(new.lstrip("\ufffd"))  # bytes from before, which turned out to be no character
+        self.begins_at = self._num_chars + (broken if broken < len(new) else 0)
+        self._num_chars += len(new)
         if not self._stop:
             return new
         self._held += new

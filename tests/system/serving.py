@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,41 @@ class Server:
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return host, int(port)
 
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        """Ask over the one connection that is kept: making one takes as long as what is measured with it."""
+        if self._http is None:
+            self._http = httpx.Client()
+        return self._http.get(f"{self.url}{path}", headers=headers)
+
     def audit(self, **headers: str) -> list[dict]:
         """Where every page of every worker is."""
-        if self._http is None:  # one connection: making one takes as long as what is measured with it
-            self._http = httpx.Client()
-        return self._http.get(f"{self.url}/audit", headers=headers).raise_for_status().json()["workers"]
+        return self.get("/audit", **headers).raise_for_status().json()["workers"]
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, whose labels are part of the name."""
+        lines = self.get("/metrics").text.splitlines()
+        return next(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name)
+
+    def requests(self, path: str = "/") -> list[dict]:
+        """What the log says of requests to such paths."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == "request" and line["path"].startswith(path)]
+
+    def children(self) -> dict[int, str]:
+        """Command lines of all processes that it started, and of theirs, by pid."""
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in found - {self.process.pid}}
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self._http is not None:
+            self._http.close()
 
     def stop(self, number: int = signal.SIGTERM, limit_s: float = 20.0) -> int:
         """Send a signal and return the exit code."""
@@ -45,8 +75,11 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]:
-    """`disagg serve` with these options on a free port, ready to answer; killed at the end if it still runs."""
+def starting(folder: Path, *options: str, **environment: str) -> Iterator[Callable[[], Server]]:
+    """`disagg serve` with these options on a free port; killed at the end if it still runs.
+
+    Gives a function that waits until it serves: what else is slow can be done before.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "serve.log"
     code = "from disagg.cli.main import main; main()"
@@ -60,20 +93,32 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]
         )
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()
-    try:
+    servers = []
+
+    def ready() -> Server:
         line = process.stdout.readline()
         assert line, log.read_text()
         watchdog.cancel()
-        server = Server(process, line.split()[-1], log)
-        yield server
-        if server._http is not None:
-            server._http.close()
+        servers.append(Server(process, line.split()[-1], log))
+        return servers[-1]
+
+    try:
+        yield ready
     finally:
         watchdog.cancel()
+        for server in servers:
+            server.close()
         if process.poll() is None:
             process.kill()
         process.wait()
         process.stdout.close()
+
+
+@contextmanager
+def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]:
+    """The same, ready to answer."""
+    with starting(folder, *options, **environment) as ready:
+        yield ready()
 
 
 def raw(server: Server, data: bytes, close: bool = False) -> bytes:

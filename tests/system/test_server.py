@@ -2,19 +2,22 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import msgspec
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from leftovers import nothing_left
-from serving import events, post, raw, serving, settled
+from serving import events, post, raw, settled, starting
 
 from disagg import LLM, SamplingParams
 from disagg.record import read_records
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="1P1D n
 PROMPT = "Die Hauptstadt von Frankreich: Paris, 日本語!"
 MESSAGES = [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi ✓"}]
 TRANSPORT_S = 0.03  # of a request to this server and of its answer back, client and JSON included
+PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 1.5, "repetition_penalty": 1.7}
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 12}
 
 
@@ -35,30 +39,41 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    """1P1D for all tests here; Ctrl-C ends it with exit code 130 and nothing left."""
+def started(model, tmp_path_factory):
+    """1P1D for all tests here, while it starts; Ctrl-C ends it with exit code 130 and nothing left."""
     folder = tmp_path_factory.mktemp("server")  # before nothing_left sets another place for such
-    with nothing_left():
-        records = str(folder / "records.jsonl")
-        with serving(
-            folder, "--model", model, "--deploy", "1P1D", "--budget", "cpu:2", "--records", records
-        ) as running:
-            yield running
-            assert running.stop(2) == 130
+    records = str(folder / "records.jsonl")
+    options = ("--model", model, "--deploy", "1P1D", "--budget", "cpu:2", "--records", records)
+    with nothing_left(), starting(folder, *options) as ready:
+        running = []
+
+        def server():
+            running[:] = running or [ready()]
+            return running[0]
+
+        yield server
+        assert server().stop(2) == 130
+
+
+@pytest.fixture(scope="module")
+def expected(model, started):
+    """What the Python API gives: for the prompt, for the conversation, and for the prompt with penalties."""
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
+    with LLM(model, deploy="1C", budget="cpu:1") as llm:
+        penalised = [msgspec.structs.replace(params, **{name: value}) for name, value in PENALTIES.items()]
+        return llm.generate([PROMPT, llm.chat(MESSAGES)] + [PROMPT] * len(penalised), [params, params, *penalised])
+
+
+@pytest.fixture(scope="module")
+def server(started, expected):
+    """The server, ready."""
+    return started()
 
 
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    """What the Python API gives: text and token ids of the prompt, and of the conversation."""
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
-    with LLM(model, deploy="1C", budget="cpu:1") as llm:
-        return llm.generate([PROMPT, llm.chat(MESSAGES)], params)
 
 
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 40}
@@ -105,7 +120,12 @@ def test_logprobs_are_the_models_own(client, expected):
     whole = client.completions.create(prompt=PROMPT, logprobs=2, extra_body=EXTRA, **GREEDY)
     found = whole.choices[0].logprobs
     assert found.token_logprobs == pytest.approx([one.chosen for one in expected[0].logprobs], abs=1e-4)
-    assert len(found.tokens) == len(found.text_offset) == 40
+    text, names = whole.choices[0].text, found.tokens
+    assert len(names) == len(found.text_offset) == 40
+    assert "token_id:" in "".join(names)
+    for at, name in zip(found.text_offset, names, strict=True):  # also behind halves of characters
+        assert name.startswith("token_id:") or text[at] == name
+    assert all(name in top and 2 <= len(top) <= 3 for name, top in zip(names, found.top_logprobs, strict=True))
 
     chat = client.chat.completions.create(messages=MESSAGES, logprobs=True, top_logprobs=2, extra_body=EXTRA, **GREEDY)
     for entry, token, one in zip(
@@ -114,6 +134,24 @@ def test_logprobs_are_the_models_own(client, expected):
         assert entry.logprob == pytest.approx(one.chosen, abs=1e-4)
         assert len(entry.top_logprobs) == 2
         assert (entry.bytes is None) == (entry.token == f"token_id:{token}")
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalties_equal_the_python_api(server, expected, penalty):
+    """Each changes the greedy tokens, to those that the Python API gives with it."""
+    body = {"prompt": PROMPT, penalty: PENALTIES[penalty], **GREEDY, **EXTRA}
+    found = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["token_ids"]
+    assert found == expected[2 + list(PENALTIES).index(penalty)].token_ids
+    assert found != expected[0].token_ids
+
+
+def test_cached_tokens_are_the_whole_pages_found(client):
+    """None of a new prompt; of one asked before all whole pages, but for a token to compute, once for all choices."""
+    for length, cached in ((16, 0), (40, 32), (48, 32), (49, 48)):
+        asked = {"prompt": [length] * 3 + list(range(length - 3)), "n": 2, **GREEDY, "max_tokens": 2}
+        first, second = (client.completions.create(**{**asked, "n": n}).usage for n in (1, 2))
+        assert (first.prompt_tokens, first.prompt_tokens_details.cached_tokens) == (length, 0)
+        assert (second.prompt_tokens, second.prompt_tokens_details.cached_tokens) == (length, cached)
 
 
 def test_choices_batches_and_seeds(client):
@@ -171,7 +209,7 @@ def test_max_tokens_is_bounded_by_the_context(server):
         ({"prompt": ["a", 1]}, "prompt", "list"),
         ({"prompt": []}, "prompt", "list"),
         ({"prompt": ""}, "prompt", "0 tokens"),
-        ({"prompt": [320]}, None, "vocabulary"),
+        ({"prompt": [320]}, "prompt", "vocabulary"),
         ({"prompt": "a" * 512}, "prompt", "512 tokens"),
         ({}, "prompt", "missing"),
     ],
@@ -261,13 +299,31 @@ def test_records_and_metrics_count_alike(server, client):
     client.completions.create(prompt=PROMPT, extra_body=EXTRA, **GREEDY)
     metrics = httpx.get(f"{server.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
-    records = list(read_records(server.log.parent / "records.jsonl"))
+    written = list(read_records(server.log.parent / "records.jsonl"))
+    records = [record for record in written if record.finish_reason != "refused"]
     assert float(values["disagg_prompt_tokens_total"]) == sum(record.prompt_len for record in records)
     assert float(values["disagg_generation_tokens_total"]) == sum(record.output_len for record in records)
     assert float(values["disagg_inter_token_latency_seconds_count"]) == sum(len(r.itl_s) for r in records)
     assert float(values['disagg_worker_up{role="prefill",worker="P0"}']) == 1
-    assert all(record.tokens == [] for record in records)
+    assert all(record.tokens == [] for record in written)
     assert {"stop", "length", "abort"} >= {record.finish_reason for record in records}
+    refused = server.metric('disagg_request_success_total{finished_reason="refused"}')
+    assert refused == len(written) - len(records) > 0
+
+
+def test_what_is_refused_leaves_a_record(server):
+    """One a choice once it is known what they are; the sentence, which may repeat parts of a prompt, is in none."""
+    known = len(list(read_records(server.log.parent / "records.jsonl")))
+    for body in ({"prompt": [[1], [1, 2]], "stop_token_ids": [320], "n": 2}, {"prompt": "a" * 512}, {"prompt": 5}):
+        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert server.requests()[-1]["id"] == answer.headers["X-Request-Id"]
+    settled(lambda: len(list(read_records(server.log.parent / "records.jsonl"))) == known + 6)
+    found = list(read_records(server.log.parent / "records.jsonl"))[known:]
+    assert {record.finish_reason for record in found} == {"refused"}
+    assert [record.prompt_len for record in found] == [1, 1, 2, 2, 0, 0]
+    assert [record.error for record in found] == ["400"] * 4 + ["400 context_length_exceeded", "400"]
+    assert found[-1].request_id == server.requests()[-1]["id"]
 
 
 def test_health_version_and_page(server):
@@ -276,6 +332,62 @@ def test_health_version_and_page(server):
     assert httpx.get(f"{server.url}/version").json()["version"]
     assert httpx.get(f"{server.url}/").headers["content-type"].startswith("text/html")
     assert httpx.get(f"{server.url}/live").json()["status"]["deployment"] == "1P1D"
+
+
+def test_a_killed_worker_is_degraded_health(server, client, expected):
+    """While it is started again /health says which one is missing, is a 200, and requests are served."""
+
+    def health():
+        answer = server.get("/health")
+        assert answer.status_code == 200
+        return answer.json()
+
+    seen = []
+    for _ in range(5):  # it is back within hundredths of a second, which may be missed
+        settled(lambda: any(logs_to(pid, "P0.") for pid in server.children()))
+        os.kill(next(pid for pid in server.children() if logs_to(pid, "P0.")), signal.SIGKILL)
+        until = time.monotonic() + 1
+        while not seen and time.monotonic() < until:
+            seen = [answer for answer in [health()] if answer["status"] == "degraded"]
+        settled(lambda: health()["status"] == "ready")
+        if seen:
+            break
+    assert seen[0] == {"status": "degraded", "reasons": ["Worker P0 is not up."]}
+    assert client.completions.create(prompt=PROMPT, extra_body=EXTRA, **GREEDY).choices[0].text == expected[0].text
+
+
+def logs_to(pid, name) -> bool:
+    try:
+        return Path(os.readlink(f"/proc/{pid}/fd/1")).name.startswith(name)
+    except OSError:
+        return False
+
+
+def test_long_texts_hold_up_nobody(server):
+    """They become tokens, and tokens text, in a process of their own: while that stands still, streams go on."""
+    (pid,) = (pid for pid, command in server.children().items() if "text_process" in command)
+    text = PROMPT * 1000
+    ids = httpx.post(f"{server.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"] * 1000
+    with ThreadPoolExecutor() as pool:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            there = pool.submit(httpx.post, f"{server.url}/tokenize", json={"prompt": text}, timeout=60)
+            back = pool.submit(httpx.post, f"{server.url}/detokenize", json={"tokens": ids}, timeout=60)
+            stream = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60)
+            assert stream.text.count('"text"') >= 400
+            assert stream.text.endswith("data: [DONE]\n\n")
+            assert not there.done()
+            assert not back.done()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert there.result().json()["tokens"] == ids
+        assert back.result().json()["prompt"] == text
+    chat = [{"role": "user", "content": text}]
+    assert httpx.post(f"{server.url}/tokenize", json={"messages": chat}).json()["count"] > len(ids)
+    answer = httpx.post(f"{server.url}/detokenize", json={"tokens": [*ids, 320]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tokens")
+    os.kill(pid, signal.SIGKILL)  # another takes over
+    assert httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"] == ids
 
 
 def test_web_pages_of_others_cannot_ask(server):

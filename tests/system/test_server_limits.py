@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from leftovers import nothing_left
-from serving import events, serving, settled
+from serving import events, settled, starting
+
+from disagg.record import read_records
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="1P1D needs two cores")
 
@@ -30,27 +33,37 @@ def nothing_left_behind(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(nothing_left_behind, tmp_path_factory):
-    """1P1D, keys from a file and the environment, room for two requests and four choices."""
+def both(nothing_left_behind, tmp_path_factory):
+    """The two servers of this file, starting at the same time."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "keys").write_text(f"{SECRET}\n\n")
     options = ("--model", "seed", "--served-model-name", "mine", "--deploy", "1P1D", "--budget", "cpu:2",
                "--api-key", f"file:{folder / 'keys'}", "--api-key", "env:DISAGG_KEY", "--host", "0.0.0.0",
                "--max-requests", "2", "--max-queue", "4", "--max-choices", "8", "--max-prompt-len", "100",
-               "--max-body", "0.01")  # fmt: skip
-    with serving(folder, *options, DISAGG_KEY=OTHER) as running:
-        running.url = running.url.replace("0.0.0.0", "127.0.0.1")
+               "--max-body", "0.01", "--records", str(folder / "records.jsonl"))  # fmt: skip
+    short = ("--model", "seed", "--deploy", "1C", "--budget", "cpu:1", "--deadline", "4", "--drain", "0.1")
+    hasty = tmp_path_factory.mktemp("hasty")
+    with starting(folder, *options, DISAGG_KEY=OTHER) as first, starting(hasty, *short) as second:
+        running = first(), second()
+        running[0].url = running[0].url.replace("0.0.0.0", "127.0.0.1")
         yield running
-        assert running.process.poll() is not None, "the last test stops it"
+        assert all(each.process.poll() is not None for each in running), "the last tests stop them"
 
 
-@pytest.fixture(scope="module")
-def hasty(nothing_left_behind, tmp_path_factory):
+@pytest.fixture
+def server(both):
+    """1P1D, keys from a file and the environment, room for two requests and four choices."""
+    return both[0]
+
+
+@pytest.fixture
+def hasty(both):
     """A server that gives nobody much time."""
-    options = ("--model", "seed", "--deploy", "1C", "--budget", "cpu:1", "--deadline", "4", "--drain", "0.1")
-    with serving(tmp_path_factory.mktemp("hasty"), *options) as running:
-        yield running
-        assert running.process.poll() is not None, "the last test stops it"
+    return both[1]
+
+
+def records(server):
+    return list(read_records(server.log.parent / "records.jsonl"))
 
 
 def post(server, body, headers=KEY):
@@ -87,8 +100,15 @@ def test_limits_of_a_request(server):
 def test_too_much_at_once_is_a_429_with_retry_after(server):
     """More choices than the queue holds, or more requests than allowed: refused whole, and what runs goes on."""
     answer = post(server, {**SHORT, "n": 5})
-    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
-    assert int(answer.headers["Retry-After"]) >= 1
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")  # it never fits
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**ENDLESS, "n": 2}, headers=KEY) as running:
+        unread = running.iter_lines()
+        next(unread)
+        answer = post(server, {"prompt": [[1], [2], [3]], "max_tokens": 1})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert int(answer.headers["Retry-After"]) >= 1
+        outcomes = {record.finish_reason for record in records(server)[-3:]}
+        assert outcomes == {"refused"}, "none of three choices was sent to a worker"
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, headers=KEY) as first:
         lines = first.iter_lines()
         next(lines)
@@ -131,7 +151,35 @@ def test_a_deadline_ends_a_request(hasty):
             last = [json.loads(line.removeprefix("data: ")) for line in streamed.iter_lines() if line][-1]
     assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (504, "deadline")
     assert last["error"]["code"] == "deadline"
+    settled(lambda: len(hasty.requests("/v1/completions")) >= 2)
+    assert sorted((one["status"], one.get("outcome")) for one in hasty.requests("/v1/completions")) == [
+        (200, 504),
+        (504, None),
+    ]
     settled(lambda: all(worker["held"] == 0 for worker in hasty.audit()))
+
+
+def test_a_client_that_does_not_read_is_cut_off(hasty):
+    """Soon after its deadline its connection and its pages are free, and the log says how the stream ended."""
+    body = json.dumps({**ENDLESS, "n": 16, "logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    known = len(hasty.requests("/v1/completions"))
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+        connection.connect(hasty.address)
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b" 200 " in connection.recv(100)
+        assert settled(lambda: len(hasty.requests("/v1/completions")) > known, 20) < 4 + 1 + 1 + 3
+        settled(lambda: all(worker["held"] == 0 for worker in hasty.audit()))
+        last = hasty.requests("/v1/completions")[-1]
+        assert (last["status"], last["outcome"]) == (200, 504)
+        with pytest.raises(ConnectionResetError):
+            read_all(connection)
+
+
+def read_all(connection):
+    while connection.recv(1 << 20):
+        pass
 
 
 def test_beyond_this_machine_a_key_is_required():

@@ -10,15 +10,16 @@ from starlette.testclient import TestClient
 from disagg.cluster.cluster import WorkerStatus
 from disagg.cluster.status import Status
 from disagg.engine.batch import TokenLogprobs
+from disagg.errors import RequestError
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
-from disagg.server.asked import ChatRequest, CompletionRequest, decode
+from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, decode
 from disagg.server.front import Piece
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
 from disagg.server.openapi import make
-from disagg.server.problems import Problem
+from disagg.server.problems import Problem, problem_of
 from disagg.server.state import Settings, State
 
 
@@ -33,9 +34,9 @@ NAMES = TokenNames(Bytes())
 RECORD = Record(request_id="r", index=0, prompt_len=9, finish_reason="length", num_cached=4)
 
 
-def piece(choice, text, tokens, finish="", record=None):
+def piece(choice, text, tokens, finish="", record=None, at=0):
     values = [TokenLogprobs(-1.0, [(token, -1.0), (195, -2.0)]) for token in tokens]
-    return Piece(choice, text, tokens, values, finish, record)
+    return Piece(choice, text, tokens, values, finish, record, [at + number for number in range(len(tokens))])
 
 
 PIECES = [
@@ -43,7 +44,7 @@ PIECES = [
     piece(1, "", [195]),
     piece(1, "é", [169]),
     piece(0, "", [], "stop", RECORD),
-    piece(1, "z", [122], "length", RECORD),
+    piece(1, "z", [122], "length", RECORD, at=1),
 ]
 
 
@@ -104,6 +105,34 @@ def test_names_of_tokens_are_never_half_characters():
     """A token that is no text by itself has a name of its own and no bytes."""
     assert NAMES.entry(97, -1.0) == {"token": "a", "logprob": -1.0, "bytes": [97]}
     assert NAMES.entry(195, -2.0) == {"token": "token_id:195", "logprob": -2.0, "bytes": None}
+
+
+def test_the_chosen_token_is_among_the_likeliest():
+    """As in the OpenAI API: one more than asked for if it is not; of tokens with the same text the likeliest counts."""
+    whole = Whole(Form(False, "m", [1], 1, logprobs=True), NAMES)
+    values = [TokenLogprobs(-3.0, [(97, -1.0), (98, -2.0)]), TokenLogprobs(-1.0, [(97, -1.0)]), TokenLogprobs(-5.0, [])]
+    whole.add(Piece(0, "zab", [122, 97, 98], values, "length", RECORD, [0, 1, 2]))
+    found = whole.body("id0")["choices"][0]["logprobs"]
+    assert found["top_logprobs"] == [{"a": -1.0, "b": -2.0, "z": -3.0}, {"a": -1.0}, {"b": -5.0}]
+    assert found["token_logprobs"] == [-3.0, -1.0, -5.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+    ],
+)
+def test_chat_names_parameters_as_its_clients_do(body, name):
+    """The engine's name for a limit is not what the client wrote."""
+    asked = decode(ChatRequest, json.dumps({"messages": [], **body}).encode())
+    limit = 5 if asked.most_tokens() is None else asked.most_tokens()
+    with pytest.raises(RequestError) as caught:
+        asked.sampling(limit, asked.num_logprobs())
+    assert problem_of(caught.value, FIELDS).param == name
 
 
 @pytest.mark.parametrize(

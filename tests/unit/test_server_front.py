@@ -49,9 +49,11 @@ class ManualCluster:
     def workers(self):
         return [WorkerStatus("C0", "C0.0", "both", True, None)]
 
-    def submit(self, prompt, params, **rest):
-        if len(self.submitted) >= self.room:
+    def check(self, asked):
+        if len(self.submitted) + len(asked) > self.room:
             raise Overloaded(2.5)
+
+    def submit(self, prompt, params, **rest):
         self.submitted.append(params)
         return f"r{len(self.submitted) - 1}"
 
@@ -157,16 +159,28 @@ def test_a_stop_string_in_the_last_update_needs_no_abort():
 
 
 def test_an_exchange_is_taken_whole_or_refused_whole():
-    """If the second choice finds no room, the first is called off and the client hears why."""
+    """If the second choice finds no room, the first is never sent and the client hears why."""
 
     async def scenario(cluster, front, records):
         exchange = await opened(front, ASK, ASK)
         with pytest.raises(Overloaded) as caught:
             await exchange.next()
         assert caught.value.retry_after_s == 2.5
-        assert list(cluster.aborted) == ["r0"]
+        assert cluster.submitted == exchange.request_ids == []
 
     run(scenario, room=1)
+
+
+def test_offsets_are_where_the_text_of_a_token_begins():
+    """Text that is held back counts; without log-probabilities nobody asks."""
+
+    async def scenario(cluster, front, records):
+        exchange = await opened(front, Ask([1], SamplingParams(stop=("cx",), logprobs=0)), ASK)
+        cluster.say([update("r0", 0, 2), update("r0", 1, ended=record("r0")), update("r1", 0)])
+        pieces = await exchange.next()
+        assert [(piece.text, piece.offsets) for piece in pieces] == [("a", [0, 1]), ("cb", [2]), ("a", [])]
+
+    run(scenario)
 
 
 def test_an_aborted_exchange_is_over_for_both_sides():

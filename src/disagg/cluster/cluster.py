@@ -125,6 +125,18 @@ class Cluster:
     ) -> None:
         self.close()
 
+    def check(self, asked: Sequence[tuple[Sequence[int], SamplingParams, policies.Routing | None]]) -> None:
+        """Raise unless all of these would be taken now: RequestError if they never would be, Overloaded if later."""
+        for prompt, params, routing in asked:
+            limits.validate(prompt, params, self.engine, self.info.spec.vocab_size, self.num_pages)
+            if routing == "disaggregated" and len(self.deployment.workers) < 2:
+                raise RequestError(f"{self.deployment.name} has one worker: nothing can be handed over.")
+        if len(asked) > self._max_outstanding:
+            raise RequestError(f"{len(asked)} at a time are more than the {self._max_outstanding} that may be queued.")
+        if len(self._ledger) + len(asked) > self._max_outstanding:
+            self._ledger.counts["refused"] += len(asked)
+            raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -140,16 +152,11 @@ class Cluster:
 
         `scheduled_at`: when it should have been sent, if not now. `route`: the names of the workers to use, for its
         first attempt. `routing`: whether one worker or two shall serve it, instead of what the policy says.
-        `deadline_s`: it ends with an error when it is not done so long after now. Raises RequestError when it could
-        never be served and Overloaded when there are too many, before anything is sent.
+        `deadline_s`: it ends with an error when it is not done so long after now. Raises what `check` raises, before
+        anything is sent.
         """
-        limits.validate(prompt, params, self.engine, self.info.spec.vocab_size, self.num_pages)
-        if routing == "disaggregated" and len(self.deployment.workers) < 2:
-            raise RequestError(f"{self.deployment.name} has one worker: nothing can be handed over.")
+        self.check([(prompt, params, routing)])
         pinned = None if route is None else Route(*(self._supervisor.named(name).worker for name in route))
-        if len(self._ledger) >= self._max_outstanding:
-            self._ledger.counts["refused"] += 1
-            raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
         now = self._clock.now()
         if params.seed is None and not params.greedy:
             params = msgspec.structs.replace(params, seed=uuid4().int >> 65)

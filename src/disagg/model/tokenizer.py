@@ -35,6 +35,14 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text whose ids `chat` gives, all special tokens already in it. Raises RequestError, as `chat`."""
+        ...
+
+    def portable(self) -> str | None:
+        """JSON from which the `tokenizers` library makes the same tokenizer anywhere; None where it cannot."""
+        ...
+
 
 class NoTokenizer:
     """For models that know only token ids, such as `seed`."""
@@ -55,6 +63,14 @@ class NoTokenizer:
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Raise RequestError, as `encode`."""
         return self.encode("")
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Raise RequestError, as `encode`."""
+        return str(self.encode(""))
+
+    def portable(self) -> str | None:
+        """Nothing."""
+        return None
 
 
 class HuggingFaceTokenizer:
@@ -77,14 +93,20 @@ class HuggingFaceTokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer."""
+        return list(self._tokenizer.encode(self.chat_text(messages), add_special_tokens=False))
+
+    def portable(self) -> str | None:
+        """See Tokenizer."""
+        return None if self._backend is None else str(self._backend.to_str())
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """See Tokenizer."""
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
             raise RequestError("This model has no chat template: use plain completions.")
         try:
-            return list(
-                self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-            )
+            return str(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
         except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise RequestError(f"The model's chat template refuses these messages: {error}.") from error
 

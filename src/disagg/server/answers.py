@@ -91,7 +91,6 @@ class Events:
         self._form = form
         self._names = names
         self._usage = Usage(form)
-        self._offsets: dict[int, int] = {}
         self._begun: set[int] = set()
         envelope = _envelope(form, request_id, "chat.completion.chunk" if form.chat else "text_completion")
         self._start = b"data: " + _encode(envelope)[:-1] + b',"choices":['
@@ -123,10 +122,7 @@ class Events:
         self._begun.add(piece.choice)
         logprobs = None
         if form.logprobs:
-            offset = self._offsets.get(piece.choice, 0)
-            logprobs, self._offsets[piece.choice] = _logprobs(
-                form.chat, piece.tokens, piece.logprobs, self._names, offset
-            )
+            logprobs = _logprobs(form.chat, piece.tokens, piece.logprobs, piece.offsets, self._names)
         rest: dict[str, Any] = {"logprobs": logprobs, "finish_reason": piece.finish or None}
         if form.token_ids:
             rest["token_ids"] = piece.tokens
@@ -150,6 +146,7 @@ class Whole:
         choice.text += piece.text
         choice.tokens += piece.tokens
         choice.logprobs += piece.logprobs
+        choice.offsets += piece.offsets
         choice.finish = piece.finish
 
     def body(self, request_id: str) -> dict[str, Any]:
@@ -162,7 +159,7 @@ class Whole:
     def _choice(self, index: int, choice: "_Choice") -> dict[str, Any]:
         form, logprobs = self._form, None
         if form.logprobs:
-            logprobs, _ = _logprobs(form.chat, choice.tokens, choice.logprobs, self._names, 0)
+            logprobs = _logprobs(form.chat, choice.tokens, choice.logprobs, choice.offsets, self._names)
         content = (
             {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
             if form.chat
@@ -177,6 +174,7 @@ class _Choice:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish: str = ""
 
 
@@ -191,23 +189,35 @@ def _envelope(form: Form, request_id: str, kind: str) -> dict[str, Any]:
 
 
 def _logprobs(
-    chat: bool, tokens: Sequence[int], values: Sequence[TokenLogprobs | None], names: TokenNames, offset: int
-) -> tuple[dict[str, Any], int]:
-    """The logprobs object of these tokens, and where in the text the next one begins."""
-    known = [(token, value) for token, value in zip(tokens, values, strict=True) if value is not None]
+    chat: bool,
+    tokens: Sequence[int],
+    values: Sequence[TokenLogprobs | None],
+    offsets: Sequence[int],
+    names: TokenNames,
+) -> dict[str, Any]:
+    """The logprobs object of these tokens, each with where in the text it begins."""
+    known = [
+        (token, value, offset)
+        for token, value, offset in zip(tokens, values, offsets, strict=True)
+        if value is not None
+    ]
     if chat:
         content = [
             {**names.entry(token, value.chosen), "top_logprobs": [names.entry(*each) for each in value.top]}
-            for token, value in known
+            for token, value, _ in known
         ]
-        return {"content": content, "refusal": None}, 0
-    offsets = []
-    for token, _ in known:
-        offsets.append(offset)
-        offset += len(names.text(token) or "")
+        return {"content": content, "refusal": None}
     return {
-        "tokens": [names.name(token) for token, _ in known],
-        "token_logprobs": [value.chosen for _, value in known],
-        "top_logprobs": [{names.name(one): logprob for one, logprob in value.top} for _, value in known],
-        "text_offset": offsets,
-    }, offset
+        "tokens": [names.name(token) for token, _, _ in known],
+        "token_logprobs": [value.chosen for _, value, _ in known],
+        "top_logprobs": [_top(token, value, names) for token, value, _ in known],
+        "text_offset": [offset for _, _, offset in known],
+    }
+
+
+def _top(token: int, value: TokenLogprobs, names: TokenNames) -> dict[str, float]:
+    """The likeliest tokens and the chosen one, by name, as the OpenAI API has it: up to one more than asked for."""
+    top: dict[str, float] = {}
+    for one, logprob in (*value.top, (token, value.chosen)):
+        top.setdefault(names.name(one), logprob)  # of tokens with the same text the likeliest
+    return top

@@ -32,18 +32,15 @@ def create_app(state: State, keys: Keys, hosts: frozenset[str]) -> ASGIApp:
         Route("/openapi.json", openapi.document),
         *live.routes(state),
     ]
-    handlers = {HTTPException: _http, Problem: _mistake, DisaggError: _mistake, Exception: _bug}
+    handlers = {HTTPException: _http, Problem: _mistake, DisaggError: _mistake, Exception: _mistake}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.disagg = state
     return Guard(app, state, keys, hosts)
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
-    return problem_of(error, FIELDS).response()
-
-
-async def _bug(request: Request, error: Exception) -> Response:
-    return problem_of(error).response()
+    problem = request.scope["disagg.problem"] = problem_of(error, FIELDS)
+    return problem.response()
 
 
 async def _http(request: Request, error: Exception) -> Response:

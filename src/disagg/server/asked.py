@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from disagg.errors import RequestError
 from disagg.request import SamplingParams
 from disagg.server.problems import Problem
 
@@ -76,18 +77,26 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     disagg_route: Literal["colocated", "disaggregated"] | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """Parameters for the engine. Raises RequestError; its first word is the field."""
+        """Parameters for the engine. Raises Problem, or RequestError whose first word is the field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MOST_STOPS:
             raise Problem(400, f"stop has {len(stop)} strings: give at most {MOST_STOPS}.", param="stop")
         given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
-        return SamplingParams(
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            stop=stop,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            **given,
-        )
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                logprobs=logprobs,
+                stop=stop,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                **given,
+            )
+        except RequestError as error:
+            engines, _, rest = str(error).partition(" ")
+            raise RequestError(f"{self.name_of(engines)} {rest}") from None
+
+    def name_of(self, engines: str) -> str:
+        """What the client calls the parameter that the engine knows by this name."""
+        return engines
 
 
 class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
@@ -143,6 +152,12 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
+    def name_of(self, engines: str) -> str:
+        """See Generate: the chat API has names of its own."""
+        if engines == "max_tokens" and self.max_tokens is None:
+            return "max_completion_tokens"
+        return "top_logprobs" if engines == "logprobs" else engines
+
     def most_tokens(self) -> int | None:
         """The limit under either name. Raises Problem when they disagree."""
         new, old = self.max_completion_tokens, self.max_tokens
@@ -172,8 +187,16 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     model: str | None = None
 
 
-FIELDS = tuple({**dict.fromkeys(CompletionRequest.__struct_fields__), **dict.fromkeys(ChatRequest.__struct_fields__)})
-"""Of requests for tokens."""
+class RawDetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The same, while the ids are still JSON: there may be a million."""
+
+    tokens: msgspec.Raw
+    model: str | None = None
+
+
+_KINDS = (CompletionRequest, ChatRequest, DetokenizeRequest)
+FIELDS = tuple(dict.fromkeys(field for kind in _KINDS for field in kind.__struct_fields__))
+"""Of all requests."""
 
 _Asked = TypeVar("_Asked", bound=msgspec.Struct)
 

@@ -50,6 +50,7 @@ class Piece(NamedTuple):
     logprobs: list[TokenLogprobs | None]
     finish: str
     record: Record | None
+    offsets: Sequence[int] = ()  # with log-probabilities: where in the choice's text each token begins
 
 
 class Exchange:
@@ -62,24 +63,25 @@ class Exchange:
         self.received_at = received_at  # on the cluster's clock; latency counts from here
         self.deadline_s = deadline_s
         self.request_ids: list[str] = []  # of the Cluster, one per choice; the front thread's
+        self.failure: Exception | None = None  # what ended it early
+        self.on_failure: Callable[[], None] = lambda: None  # for a reader that is busy elsewhere
         self._overflow = overflow
         self._unread: list[Piece] = []
-        self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def next(self) -> list[Piece]:
         """All news since the last call, in order; waits for the first. Raises what ended the exchange early."""
-        if not self._unread and self._failure is None:
+        if not self._unread and self.failure is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         news, self._unread = self._unread, []
         return news
 
     def put(self, piece: Piece) -> None:
         """Take news."""
-        if self._failure is None:
+        if self.failure is None:
             self._unread.append(piece)
             self._wake()
             if len(self._unread) > MOST_UNREAD:
@@ -87,10 +89,11 @@ class Exchange:
 
     def fail(self, error: Exception) -> None:
         """End it for the reader. The first failure counts."""
-        if self._failure is None:
-            self._failure = error
+        if self.failure is None:
+            self.failure = error
             self._unread.clear()
             self._wake()
+            self.on_failure()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -103,6 +106,7 @@ class _Choice(NamedTuple):
     exchange: Exchange
     place: int
     text: TextStream
+    offsets: bool  # whether they are asked for
 
 
 class _Numbers:
@@ -146,7 +150,7 @@ class Front:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._commands: deque[Callable[[Cluster | None], None]] = deque()
+        self._commands: deque[Callable[[Cluster | None], object]] = deque()
         self._choices: dict[str, _Choice] = {}  # by request id
         self._news: list[tuple[Callable[[Any], None], Any]] = []  # for the event loop: functions and their arguments
         self._stopping = False
@@ -166,7 +170,7 @@ class Front:
         return self._cluster
 
     def open(self, asks: Sequence[Ask], received_at: float, deadline_s: float) -> Exchange:
-        """Send all choices of an exchange. What refuses one of them ends it, and is raised by its `next`."""
+        """Send all choices of an exchange, or none: what refuses one of them is raised by its `next`."""
         exchange = Exchange(asks, received_at, deadline_s, self._overflow)
         self._command(lambda cluster: self._submit(cluster, exchange))
         return exchange
@@ -175,6 +179,10 @@ class Front:
         """End an exchange now: every worker frees what it holds for it."""
         exchange.fail(why)
         self._command(lambda cluster: self._abort(cluster, exchange))
+
+    def note(self, records: Sequence[Record]) -> None:
+        """Pass on Records of what never came to the Cluster."""
+        self._command(lambda cluster: [self._on_record(record) for record in records])
 
     async def call(self, function: Callable[[Cluster], _T]) -> _T:
         """Run `function` in the front thread and return its result; every token waits meanwhile. Raises DisaggError."""
@@ -192,7 +200,7 @@ class Front:
     def _overflow(self, exchange: Exchange) -> None:
         self.abort(exchange, Problem(408, "The client does not read its answer; the request was ended."))
 
-    def _command(self, command: Callable[[Cluster | None], None]) -> None:
+    def _command(self, command: Callable[[Cluster | None], object]) -> None:
         if self._ended.is_set():
             command(None)
             _deliver(self._take_news())
@@ -254,10 +262,11 @@ class Front:
         return news
 
     def _submit(self, cluster: Cluster | None, exchange: Exchange) -> None:
-        for place, (prompt, params, routing) in enumerate(exchange.asks):
-            try:
-                if cluster is None:
-                    raise _over()
+        try:
+            if cluster is None:
+                raise _over()
+            cluster.check(exchange.asks)  # all of them, before the first is sent
+            for place, (prompt, params, routing) in enumerate(exchange.asks):
                 request_id = cluster.submit(
                     prompt,
                     params,
@@ -265,14 +274,14 @@ class Front:
                     routing=routing,
                     deadline_s=exchange.deadline_s,
                 )
-            except Exception as error:  # whatever is wrong with this request, the others go on
-                if not isinstance(error, DisaggError | Problem):
-                    log.exception("A request could not be sent")
-                self._news.append((exchange.fail, error))
-                self._abort(cluster, exchange)
-                return
-            exchange.request_ids.append(request_id)
-            self._choices[request_id] = _Choice(exchange, place, self._text(cluster, prompt, params))
+                exchange.request_ids.append(request_id)
+                text = self._text(cluster, prompt, params)
+                self._choices[request_id] = _Choice(exchange, place, text, params.logprobs is not None)
+        except Exception as error:  # whatever is wrong with this request, the others go on
+            if not isinstance(error, DisaggError | Problem):
+                log.exception("A request could not be sent")
+            self._news.append((exchange.fail, error))
+            self._abort(cluster, exchange)
 
     def _text(self, cluster: Cluster, prompt: list[int], params: SamplingParams) -> TextStream:
         tokenizer = cluster.info.tokenizer
@@ -303,11 +312,14 @@ class Front:
         if choice is None:
             return
         stream, record, text, num_tokens = choice.text, update.record, "", 0
+        offsets: list[int] = []
         for token in update.tokens:
             if stream.stopped:
                 break
             text += stream.push((token,))
             num_tokens += 1
+            if choice.offsets:
+                offsets.append(stream.begins_at)
             if stream.stopped:
                 record = record or cluster.abort(update.request_id, FinishReason.STOP)
         finish = ""
@@ -316,8 +328,8 @@ class Front:
             finish = FinishReason.STOP if stream.stopped else record.finish_reason
             del self._choices[update.request_id]
             self._on_record(record)
-        piece = Piece(choice.place, text, update.tokens[:num_tokens], update.logprobs[:num_tokens], finish, record)
-        self._news.append((choice.exchange.put, piece))
+        tokens, logprobs = update.tokens[:num_tokens], update.logprobs[:num_tokens]
+        self._news.append((choice.exchange.put, Piece(choice.place, text, tokens, logprobs, finish, record, offsets)))
 
 
 def _deliver(news: list[tuple[Callable[[Any], None], Any]]) -> None:

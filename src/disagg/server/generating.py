@@ -15,6 +15,7 @@ from disagg.server.front import Ask
 from disagg.server.problems import Problem, gone
 from disagg.server.reply import Reply
 from disagg.server.state import State
+from disagg.server.text_process import check_ids
 
 _DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
 _SEEDS = 1 << 63
@@ -29,9 +30,7 @@ async def completions(request: Request) -> Reply:
     state.check_model(asked.model)
     prompts = asked.prompts()
     _check_choices(state, asked.n, len(prompts))
-    encoded = [await state.encode(one) if isinstance(one, str) else one for one in prompts]
-    for prompt in encoded:
-        state.check_prompt(prompt, "prompt")
+    encoded = [await _ids(state, one) for one in prompts]
     max_tokens = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
     params = [asked.sampling(max_tokens, asked.logprobs)] * len(encoded)
     return _reply(request, asked, encoded, params, received_at, chat=False)
@@ -43,13 +42,25 @@ async def chat_completions(request: Request) -> Reply:
     asked = await read(request, ChatRequest)
     state.check_model(asked.model)
     _check_choices(state, asked.n, 1)
-    prompt = await state.encode_chat(asked.messages)
-    state.check_prompt(prompt, "messages")
+    tokens = await state.texts.encode_chat(asked.messages)
+    state.check_len(tokens.num, "messages")
+    prompt = tokens.ids()
     max_tokens = asked.most_tokens()
     if max_tokens is None:
         max_tokens = state.most_tokens() - len(prompt)
     params = asked.sampling(max_tokens, asked.num_logprobs())
     return _reply(request, asked, [prompt], [params], received_at, chat=True)
+
+
+async def _ids(state: State, prompt: str | list[int]) -> list[int]:
+    """Token ids of a prompt. Raises Problem or RequestError when it is not one for this model."""
+    if isinstance(prompt, str):
+        tokens = await state.texts.encode(prompt)
+        state.check_len(tokens.num, "prompt")
+        return tokens.ids()
+    state.check_len(len(prompt), "prompt")
+    check_ids(prompt, state.info().spec.vocab_size, "prompt")
+    return prompt
 
 
 async def read(request: Request, kind: type[_Asked]) -> _Asked:
@@ -110,7 +121,7 @@ def _reply(
         for choice in range(n)
     ]
     left_s = received_at + state.settings.deadline_s - WallClock().now()
-    exchange = state.front.open(asks, received_at, left_s)
+    exchange = request.scope["disagg.exchange"] = state.front.open(asks, received_at, left_s)
     return Reply(state, exchange, form, bool(asked.stream), asyncio.get_running_loop().time() + left_s)
 
 

@@ -16,14 +16,20 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from disagg.record import Record
+from disagg.request import FinishReason
+from disagg.server.front import Ask, Exchange
 from disagg.server.problems import Problem, unavailable
 from disagg.server.state import State
 
 log = logging.getLogger("disagg.serve")
 
 _OPEN = ("/", "/health", "/static/")  # hold nothing that a key should guard
-_WORK = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/audit")  # counts against the limit
+_TOKENS = ("/v1/completions", "/v1/chat/completions")  # leaves Records
+_WORK = (*_TOKENS, "/tokenize", "/detokenize", "/audit")  # counts against the limit
 _QUIET = ("/health", "/metrics", "/live", "/static/")  # asked again and again: logged only when they fail
+
+
+_STRANGERS = (401, 415, 421, 499)  # who may not ask leaves no Record, nor who went away before asking
 
 
 class Keys:
@@ -78,10 +84,11 @@ class Guard:
             self._check(scope, path)
             await self._app(scope, receive, sending)
         except Problem as problem:
+            scope["disagg.problem"] = problem
             await problem.response()(scope, receive, sending)
         finally:
             self._state.num_requests -= is_work
-            self._note(scope, status, time.monotonic() - started_at)
+            self._note(scope, status, started_at)
 
     def _check(self, scope: Scope, path: str) -> None:
         """Raise Problem when this request may not go on."""
@@ -104,20 +111,57 @@ class Guard:
             if self._state.num_requests > (most := self._state.settings.max_requests):
                 raise Problem(429, f"{most} requests are under way: retry later.", code="overloaded", retry_after_s=1.0)
 
-    def _note(self, scope: Scope, status: int, took_s: float) -> None:
+    def _note(self, scope: Scope, status: int, started_at: float) -> None:
+        """A request is over: count it, log it, and see to it that one that was refused has its Records too."""
         path = scope["path"]
+        problem: Problem | None = scope.get("disagg.problem")
+        outcome = status if problem is None else problem.status  # of a stream it is told after the status was sent
         route = scope.get("route")
         known = getattr(route, "path", "other")  # a path nobody serves must not become a metric of its own
-        self._state.metrics.http.labels(known, status).inc()
-        if status < 400 and any(path.startswith(quiet) for quiet in _QUIET):
+        self._state.metrics.http.labels(known, outcome).inc()
+        records: list[Record] = scope.get("disagg.records", [])
+        if path in _TOKENS and problem is not None and problem.status not in _STRANGERS and not _taken(scope):
+            records = _refused(scope, problem, started_at)
+            self._state.front.note(records)
+        if outcome < 400 and any(path.startswith(quiet) for quiet in _QUIET):
             return
         line: dict[str, object] = {
             "event": "request", "id": scope["disagg.id"], "method": scope["method"], "path": path, "status": status,
-            "took_ms": round(took_s * 1e3, 3), **_client(scope),
+            "took_ms": round((time.monotonic() - started_at) * 1e3, 3), **_client(scope),
         }  # fmt: skip
-        if (records := scope.get("disagg.records")) is not None:
+        if outcome != status:
+            line["outcome"] = outcome
+        if problem is not None and outcome >= 408:  # sentences of our own: those about a request may repeat parts of it
+            line["error"] = problem.message
+        if records:
             line["choices"] = [_outcome(record) for record in records]
         log.info(json.dumps(line))
+
+
+def _taken(scope: Scope) -> bool:
+    """Whether the deployment took the request: then it makes its Records."""
+    exchange: Exchange | None = scope.get("disagg.exchange")
+    return exchange is not None and bool(exchange.request_ids)
+
+
+def _refused(scope: Scope, problem: Problem, started_at: float) -> list[Record]:
+    """Records of what was never sent to a worker: one a choice, or one where it did not come to choices."""
+    exchange: Exchange | None = scope.get("disagg.exchange")
+    asks: Sequence[Ask | None] = (None,) if exchange is None else exchange.asks
+    ids = [scope["disagg.id"], *(uuid.uuid4().hex for _ in asks[1:])]
+    error = f"{problem.status} {problem.code or ''}".rstrip()  # never a sentence: it may repeat parts of the request
+    return [
+        Record(
+            request_id=request_id,
+            index=0,
+            prompt_len=0 if ask is None else len(ask.prompt),
+            max_tokens=0 if ask is None else ask.params.max_tokens,
+            finish_reason=FinishReason.REFUSED,
+            error=error,
+            scheduled_at=started_at,
+        )
+        for request_id, ask in zip(ids, asks, strict=True)
+    ]
 
 
 def _client(scope: Scope) -> Mapping[str, str]:

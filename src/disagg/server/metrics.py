@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from disagg.cluster.status import Status
 from disagg.record import Record
+from disagg.request import FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -68,6 +69,8 @@ class Metrics:
     def add(self, record: Record) -> None:
         """A request is over. Any thread may call this."""
         self._success.labels(record.finish_reason).inc()
+        if record.finish_reason == FinishReason.REFUSED:
+            return  # of it there is nothing to measure
         for name, counter in self._amounts.items():
             counter.inc(getattr(record, name))
         self._queries.inc(record.prompt_len)

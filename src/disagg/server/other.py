@@ -6,7 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from disagg.server.asked import DetokenizeRequest, TokenizeRequest
+from disagg.server.asked import RawDetokenizeRequest, TokenizeRequest
 from disagg.server.generating import read
 from disagg.server.metrics import CONTENT_TYPE
 from disagg.server.problems import Problem, answer
@@ -33,21 +33,18 @@ async def tokenize(request: Request) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise Problem(400, "Give either prompt or messages.", param="prompt")
     if asked.prompt is not None:
-        tokens = await state.encode(asked.prompt)
+        tokens = await state.texts.encode(asked.prompt)
     else:
-        tokens = await state.encode_chat(asked.messages or [])
-    return answer({"count": len(tokens), "max_model_len": state.most_tokens(), "tokens": tokens})
+        tokens = await state.texts.encode_chat(asked.messages or [])
+    return answer({"count": tokens.num, "max_model_len": state.most_tokens(), "tokens": msgspec.Raw(tokens.json)})
 
 
 async def detokenize(request: Request) -> Response:
     """POST /detokenize."""
     state = _state(request)
-    asked = await read(request, DetokenizeRequest)
+    asked = await read(request, RawDetokenizeRequest)
     state.check_model(asked.model)
-    vocab_size = state.info().spec.vocab_size
-    if any(not 0 <= token < vocab_size for token in asked.tokens):
-        raise Problem(400, f"Token ids must lie between 0 and {vocab_size - 1}.", param="tokens")
-    return answer({"prompt": await state.decode(asked.tokens)})
+    return answer({"prompt": msgspec.Raw(await state.texts.decode(bytes(asked.tokens)))})
 
 
 async def health(request: Request) -> Response:

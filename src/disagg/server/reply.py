@@ -1,11 +1,13 @@
 """One answer to one request for tokens: whole or streamed, however it ends.
 
 The status line waits for the first token, so that what fails before it has a status of its own. A client that goes
-away, or a deadline, ends the exchange at once, and every worker frees its pages.
+away, or a deadline, ends the exchange at once, and every worker frees its pages; a client that does not read neither
+delays that nor keeps its connection.
 """
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -15,6 +17,7 @@ from disagg.record import Record
 from disagg.server.answers import Events, Form, Whole, failure
 from disagg.server.asked import FIELDS
 from disagg.server.front import Exchange, Piece
+from disagg.server.listening import CUT
 from disagg.server.problems import Problem, answer, gone, problem_of
 from disagg.server.state import State
 
@@ -22,6 +25,7 @@ _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
            (b"x-accel-buffering", b"no")]  # fmt: skip
 
 _GRACE_S = 1.0  # the deployment ends what is not done by its deadline; an answer nobody reads is ended here
+_LAST_WORDS_S = 1.0  # how long a client that was not reading may take to hear why its answer ends
 
 
 @dataclass(slots=True)
@@ -39,27 +43,51 @@ class Reply:
         watch = asyncio.create_task(self._watch(receive))
         records: list[Record] = []
         scope["disagg.records"] = records
-        started = complete = False
+        started = False
+        whole: dict[str, Any] = {}
+        problem: Problem | None = gone()  # unless it comes to an end
         try:
-            async with asyncio.timeout_at(self.deadline_at + _GRACE_S):
+            async with asyncio.timeout_at(self.deadline_at + _GRACE_S) as limit:
+                self.exchange.on_failure = partial(_hasten, limit)
                 if self.stream:
                     first = await self._news(records)
                     started = True
                     await self._stream(first, records, send)
                 else:
                     whole = await self._whole(records)
-            complete = True
+            problem = None
         except TimeoutError:
-            limit_s = self.state.settings.deadline_s
-            await self._fail(Problem(504, f"Not finished within {limit_s:g} s.", code="deadline"), started, send)
+            problem = problem_of(self.exchange.failure or self._late(), FIELDS)
         except (Problem, DisaggError) as error:
-            await self._fail(problem_of(error, FIELDS), started, send)
+            problem = problem_of(error, FIELDS)
+        finally:
+            self.exchange.on_failure = lambda: None
+            if problem is not None:
+                self.state.front.abort(self.exchange, gone())  # frees the pages, however long the client takes
+            if problem is None or not started:
+                watch.cancel()
+        if problem is None and not self.stream:
+            await answer(whole)(scope, receive, send)
+        elif problem is not None and started:
+            scope["disagg.problem"] = problem
+            await self._last_words(problem, scope, send, watch)
+        elif problem is not None and problem.status != gone().status:
+            raise problem
+
+    async def _last_words(self, problem: Problem, scope: Scope, send: Send, watch: "asyncio.Task[None]") -> None:
+        """End a stream that has begun: with an error for who still reads, by cutting the connection otherwise."""
+        last = {"type": "http.response.body", "body": failure(problem), "more_body": False}
+        try:
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await send(last)
+        except TimeoutError:
+            scope[CUT]()
+            await watch  # the connection is gone when this has noticed
         finally:
             watch.cancel()
-            if not complete:
-                self.state.front.abort(self.exchange, gone())
-        if complete and not self.stream:
-            await answer(whole)(scope, receive, send)
+
+    def _late(self) -> Problem:
+        return Problem(504, f"Not finished within {self.state.settings.deadline_s:g} s.", code="deadline")
 
     async def _watch(self, receive: Receive) -> None:
         """End the exchange when the client goes away."""
@@ -74,7 +102,7 @@ class Reply:
             if piece.record is not None:
                 records.append(piece.record)
                 if not piece.record.ok and asyncio.get_running_loop().time() >= self.deadline_at:
-                    raise TimeoutError
+                    raise self._late()
                 if not piece.record.ok:
                     raise Problem(500, piece.record.error or "The request was ended by the server.")
         return news
@@ -98,9 +126,8 @@ class Reply:
             news = await self._news(records)
         await send({"type": "http.response.body", "body": body + events.last(), "more_body": False})
 
-    async def _fail(self, problem: Problem, started: bool, send: Send) -> None:
-        if problem.status == gone().status:
-            return
-        if not started:
-            raise problem
-        await send({"type": "http.response.body", "body": failure(problem), "more_body": False})
+
+def _hasten(limit: asyncio.Timeout) -> None:
+    """The exchange has failed. Who waits for news hears it at once; who waits for the client does so no longer."""
+    if not limit.expired():
+        limit.reschedule(asyncio.get_running_loop().time() + _LAST_WORDS_S)

@@ -11,10 +11,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg.cluster.cluster import Cluster
 from disagg.cluster.status import Status
@@ -22,6 +24,7 @@ from disagg.record import Record, write_records
 from disagg.server.app import create_app
 from disagg.server.front import Front
 from disagg.server.guards import Keys, log
+from disagg.server.listening import CUT, cut
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
@@ -85,7 +88,7 @@ async def _serve(
     front = Front(make, on_record=on_record, on_end=over.set)
     state = State(settings, front, metrics)
     server = _Server(uvicorn.Config(
-        create_app(state, keys, hosts), http="httptools", ws="none", lifespan="off", access_log=False, log_config=None,
+        create_app(state, keys, hosts), http=Http, ws="none", lifespan="off", access_log=False, log_config=None,
         proxy_headers=False, server_header=False, timeout_graceful_shutdown=_LAST_WORDS_S,
     ))  # fmt: skip
     signals: list[signal.Signals] = []
@@ -101,6 +104,7 @@ async def _serve(
     try:
         await _first(front.settled, over)
         if front.failure is None and not over.is_set():
+            await state.texts.start()
             on_ready(_url(listener))
             await over.wait()
         if signals == [signal.SIGTERM]:
@@ -110,7 +114,7 @@ async def _serve(
         await front.stop()
         server.should_exit = True
         await serving
-        state.close()
+        await state.close()
         if tracing is not None:
             tracing.close()
     if front.failure is not None:
@@ -134,6 +138,15 @@ async def _first(*events: asyncio.Event) -> None:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
+
+
+class Http(HttpToolsProtocol):
+    """uvicorn's HTTP, and a way to end a connection whose client does not read: ASGI has none."""
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self.scope[CUT] = partial(cut, self.transport)  # type: ignore[literal-required]
 
 
 class _Server(uvicorn.Server):

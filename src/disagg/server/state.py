@@ -1,24 +1,18 @@
 """What every handler shares: the settings, the front thread, the keys, and what the server says of itself."""
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import msgspec
 
 from disagg.cluster.status import Status
-from disagg.errors import RequestError
 from disagg.model.load import Info
 from disagg.server.answers import TokenNames
-from disagg.server.asked import Message
 from disagg.server.front import Front
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem, unavailable
-
-_INLINE_LEN = 2_000  # characters: encoding more would hold up the event loop for over a millisecond
-_MESSAGE_LEN = 50  # what a message of a conversation costs beside its text, in characters
+from disagg.server.texts import Texts
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +38,6 @@ class State:
         self.created = int(time.time())
         self.num_requests = 0  # HTTP requests that cost something and are under way
         self.stopping = ""
-        self._encoder = ThreadPoolExecutor(1, "encode")
 
     def info(self) -> Info:
         """The model. Raises Problem 503 while there is none to ask."""
@@ -55,6 +48,11 @@ class State:
     def status(self) -> Status:
         """What the deployment does now, under the name it is served by. Raises Problem 503 when there is none."""
         return msgspec.structs.replace(self.front.cluster().status(), model=self.settings.model)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Texts to token ids and back. Raises Problem 503 while there is no model to ask."""
+        return Texts(self.info())
 
     @cached_property
     def names(self) -> TokenNames:
@@ -73,38 +71,14 @@ class State:
             message = f"There is no model {name[:100]!r} here: this server has {self.settings.model!r}."
             raise Problem(404, message, param="model", code="model_not_found")
 
-    def check_prompt(self, prompt: list[int], param: str) -> None:
+    def check_len(self, count: int, param: str) -> None:
         """Raise Problem 400 when a prompt is longer than this server takes."""
         most = self.most_tokens() - 1
         if self.settings.max_prompt_len is not None:
             most = min(most, self.settings.max_prompt_len)
-        if not 1 <= len(prompt) <= most:
-            message = f"{param} has {len(prompt)} tokens and this server takes 1 to {most}."
-            raise Problem(400, message, param=param, code="context_length_exceeded" if prompt else None)
-
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises RequestError."""
-        encode = self.info().tokenizer.encode
-        if len(text) <= _INLINE_LEN:
-            return encode(text)
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode, text)
-
-    async def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation. Raises RequestError."""
-        if not messages:
-            raise RequestError("messages must not be empty.")
-        plain = [message.plain() for message in messages]
-        chat = self.info().tokenizer.chat
-        if sum(len(message["content"]) + _MESSAGE_LEN for message in plain) <= _INLINE_LEN:
-            return chat(plain)
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, chat, plain)
-
-    async def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, which must be the model's."""
-        decode = self.info().tokenizer.decode
-        if len(tokens) <= _INLINE_LEN:
-            return decode(tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, decode, tokens)
+        if not 1 <= count <= most:
+            message = f"{param} has {count} tokens and this server takes 1 to {most}."
+            raise Problem(400, message, param=param, code="context_length_exceeded" if count else None)
 
     def model(self) -> dict[str, Any]:
         """The served model as the OpenAI API lists it; `max_model_len` as vLLM adds it."""
@@ -116,6 +90,7 @@ class State:
             "max_model_len": self.most_tokens(),
         }
 
-    def close(self) -> None:
-        """Let go of the encoding thread."""
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """Let go of what turns texts into tokens."""
+        if "texts" in self.__dict__:
+            await self.texts.close()

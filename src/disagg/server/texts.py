@@ -1,0 +1,93 @@
+"""Text to token ids and back, for handlers: short ones at once, long ones where they hold up nobody."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from disagg.errors import RequestError
+from disagg.model.load import Info
+from disagg.server.asked import Message
+from disagg.server.text_process import Done, Job, TextProcess, read_ids
+
+SHORT_LEN = 2_000  # characters; encoding more would hold up the event loop for over a millisecond
+_MESSAGE_LEN = 50  # what a message of a conversation costs beside its text, in characters
+
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
+
+
+class Tokens(NamedTuple):
+    """Token ids, as JSON until somebody wants them: of a text that is too long only the number matters."""
+
+    num: int
+    json: bytes
+
+    def ids(self) -> list[int]:
+        """All of them."""
+        return msgspec.json.decode(self.json, type=list[int])
+
+
+class Texts:
+    """The tokenizer of a server. `start` it before there are streams that the start could hold up."""
+
+    def __init__(self, info: Info) -> None:
+        self._tokenizer = info.tokenizer
+        self._vocab_size = info.spec.vocab_size
+        portable = info.tokenizer.portable()
+        self._process = None if portable is None else TextProcess(portable, self._vocab_size)
+        self._thread = ThreadPoolExecutor(1, "texts")  # for chat templates, and tokenizers that are written in Python
+
+    async def start(self) -> None:
+        """Have the process for long texts ready."""
+        if self._process is not None:
+            await self._process.start()
+
+    async def encode(self, text: str) -> Tokens:
+        """Token ids of a plain text. Raises RequestError."""
+        if len(text) <= SHORT_LEN:
+            return _tokens(self._tokenizer.encode(text))
+        if self._process is None:
+            return _tokens(await self._in_thread(self._tokenizer.encode, text))
+        return _of(await self._process.run(Job("encode", text)))
+
+    async def encode_chat(self, messages: Sequence[Message]) -> Tokens:
+        """Token ids of a conversation. Raises RequestError."""
+        if not messages:
+            raise RequestError("messages must not be empty.")
+        plain = [message.plain() for message in messages]
+        if sum(len(message["content"]) + _MESSAGE_LEN for message in plain) <= SHORT_LEN:
+            return _tokens(self._tokenizer.chat(plain))
+        if self._process is None:
+            return _tokens(await self._in_thread(self._tokenizer.chat, plain))
+        return _of(await self._process.run(Job("chat", await self._in_thread(self._tokenizer.chat_text, plain))))
+
+    async def decode(self, ids: bytes) -> bytes:
+        """The text of token ids, both as JSON. Raises RequestError."""
+        if len(ids) <= SHORT_LEN:
+            return self._decode(ids)
+        if self._process is None:
+            return await self._in_thread(self._decode, ids)
+        return (await self._process.run(Job("decode", ids.decode()))).json
+
+    async def close(self) -> None:
+        """Let go of the process and the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._process is not None:
+            await self._process.close()
+
+    def _decode(self, ids: bytes) -> bytes:
+        return msgspec.json.encode(self._tokenizer.decode(read_ids(ids, self._vocab_size)))
+
+    async def _in_thread(self, function: Callable[[_Asked], _Answer], asked: _Asked) -> _Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, asked)
+
+
+def _tokens(ids: list[int]) -> Tokens:
+    return Tokens(len(ids), msgspec.json.encode(ids))
+
+
+def _of(done: Done) -> Tokens:
+    return Tokens(done.num, done.json)
