@@ -2,7 +2,8 @@
 
     /          the page; it holds no data, so it needs no key
     /static/   its script, style and icon
-    /live      what the deployment does at that moment: Status of cluster/status.py, and `now` in seconds since 1970
+    /live      what the deployment does at that moment: Status of cluster/status.py, `now` in seconds since 1970, and
+               whether the model takes text
 
 Where the server asks for an API key, `/live` must be behind it like every other path; the page asks for the key when it
 is answered 401.
@@ -22,6 +23,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from disagg.model.tokenizer import NoTokenizer
 from disagg.server.state import State
 
 _STATIC = Path(__file__).parent / "static"
@@ -39,7 +41,8 @@ def routes(state: State) -> list[BaseRoute]:
         return FileResponse(_STATIC / "index.html", headers=_HEADERS)
 
     async def live(request: Request) -> Response:
-        body = {"now": time.time(), "status": state.status()}
+        takes_text = not isinstance(state.info().tokenizer, NoTokenizer)
+        body = {"now": time.time(), "takes_text": takes_text, "status": state.status()}
         return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})
 
     return [Route("/", page), Route("/live", live), Mount("/static", StaticFiles(directory=_STATIC), name="static")]

@@ -4,7 +4,7 @@ import { ask, onKey } from "./api.js";
 import { Chart } from "./charts.js";
 import { h, legend, seconds, whole } from "./dom.js";
 import { PARTS, rows } from "./rows.js";
-import { trial } from "./trial.js";
+import { suggest, trial } from "./trial.js";
 import { t, translate } from "./words.js";
 import { PAGES, WorkerCards } from "./workers.js";
 
@@ -67,7 +67,9 @@ function say(kind, text) {
 
 async function look() {
   try {
-    draw(await ask("live"));
+    const answer = await ask("live");
+    draw(answer);
+    suggest($("try"), answer.takes_text);
     say("live", t("live"));
   } catch (error) {
     say("lost", error.keyWanted ? t("key") : t("lost"));

@@ -68,7 +68,7 @@ export class Chart {
     for (const share of [0, 0.5, 1]) {
       const at = y(top * share);
       yield s("line", { class: "grid", x1: MARGIN.left, x2: MARGIN.left + width, y1: at, y2: at });
-      yield s("text", { x: MARGIN.left - 6, y: at + 4, "text-anchor": "end" }, share ? this.format(top * share) : "0");
+      yield s("text", { x: MARGIN.left - 6, y: at + 4, "text-anchor": "end" }, share ? short(this.format(top * share)) : "0");
     }
     const minutes = Math.round((count * this.step) / 60);
     const every = width < 260 ? 2 : 1; // minutes, so that labels keep apart
@@ -96,6 +96,9 @@ function* trace(values, name, x, y) {
   }
   yield s("path", { class: name, d: path });
 }
+
+/** Without zeros that say nothing: "2.50 s" is "2.5 s". */
+const short = (text) => text.replace(/\.(\d*?)0+(?=\D|$)/, (_, digits) => (digits ? `.${digits}` : ""));
 
 /** The next round number: 1, 2 or 5 times a power of ten. */
 function ceiling(value) {

@@ -37,14 +37,21 @@ function digits(value) {
   return value >= 99.95 ? value.toFixed(0) : value >= 9.995 ? value.toFixed(1) : value.toFixed(2);
 }
 
+const WAITS = new Set(["queue", "handoff_wait", "admission", "holding", "quiescing"]); // for others: hatched
+
+function coloured(name, attributes = {}) {
+  const piece = h("i", WAITS.has(name) ? { ...attributes, class: "waits" } : attributes);
+  piece.style.backgroundColor = `var(--${name})`;
+  return piece;
+}
+
 /** A stacked bar: [name, amount] pairs, coloured by name, each with its amount as a tooltip. */
 export function bar(parts, describe, label) {
   const total = parts.reduce((sum, [, amount]) => sum + amount, 0) || 1;
   const shown = parts.filter(([, amount]) => amount > 0);
   const pieces = shown.map(([name, amount]) => {
-    const piece = h("i", { title: describe(name, amount) });
+    const piece = coloured(name, { title: describe(name, amount) });
     piece.style.width = `${(100 * amount) / total}%`;
-    piece.style.background = `var(--${name})`;
     return piece;
   });
   return h("div", { class: "bar", role: "img", "aria-label": label }, ...pieces);
@@ -52,11 +59,5 @@ export function bar(parts, describe, label) {
 
 /** The names of a bar's colours. */
 export function legend(list, names, word) {
-  list.replaceChildren(
-    ...names.map((name) => {
-      const swatch = h("i");
-      swatch.style.background = `var(--${name})`;
-      return h("li", {}, swatch, word(name));
-    }),
-  );
+  list.replaceChildren(...names.map((name) => h("li", {}, coloured(name), word(name))));
 }

@@ -25,6 +25,13 @@ export function trial(form, output) {
   });
 }
 
+/** A prompt to begin with, unless there is one: text where the model takes it, else token ids. */
+export function suggest(form, takesText) {
+  const box = form.elements.prompt;
+  if (!box.value && !box.dataset.suggested) box.value = takesText ? t("sample") : "1, 2, 3, 5, 8, 13, 21, 34, 55, 89";
+  box.dataset.suggested = "yes"; // once: an empty box may be meant
+}
+
 /** The request's body. Whole numbers with commas are token ids, which every model takes. */
 function request(form) {
   const text = form.elements.prompt.value;

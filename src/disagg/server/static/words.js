@@ -19,6 +19,7 @@ const english = {
   total: "total", colocated: "Colocated", disaggregated: "Disaggregated", tokens_short: "tok",
   attempts: "attempts", waiting: "waits for its turn", cachedtokens: "prompt tokens cached", ago: "now",
   row_who: "ended, workers, prompt→output", row_sum: "first token · total",
+  sample: "Water moves between the sea, the air and the land. The sun warms the sea, and",
 };
 
 const chinese = {
@@ -40,6 +41,7 @@ const chinese = {
   total: "总计", colocated: "合置", disaggregated: "分离", tokens_short: "词元",
   attempts: "尝试次数", waiting: "等待轮到", cachedtokens: "来自缓存的提示词元", ago: "现在",
   row_who: "结束时间、工作进程、提示→输出", row_sum: "首词元 · 总计",
+  sample: "水在海洋、空气和陆地之间循环。太阳温暖海水，然后",
 };
 
 export const language = navigator.language.startsWith("zh") ? "zh" : "en";
