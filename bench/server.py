@@ -41,8 +41,9 @@ from disagg.record import Record
 from disagg.server.app import create_app
 from disagg.server.front import Front
 from disagg.server.guards import Keys
+from disagg.server.http import Http
+from disagg.server.listening import listen
 from disagg.server.metrics import Metrics
-from disagg.server.run import listen
 from disagg.server.state import Settings, State
 
 STREAMS, TOKENS = 64, 500
@@ -125,7 +126,7 @@ def simplest(stepped: bool) -> Starlette:
 async def measure(app) -> dict[str, float]:
     """Serve `app` and let the client loose on it."""
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None)
+    config = uvicorn.Config(app, http=Http, ws="none", lifespan="off", access_log=False, log_config=None)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([listener]))
     client = await asyncio.create_subprocess_exec(

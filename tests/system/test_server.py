@@ -317,13 +317,14 @@ def test_what_is_refused_leaves_a_record(server):
     for body in ({"prompt": [[1], [1, 2]], "stop_token_ids": [320], "n": 2}, {"prompt": "a" * 512}, {"prompt": 5}):
         answer = httpx.post(f"{server.url}/v1/completions", json=body)
         assert answer.status_code == 400
-        assert server.requests()[-1]["id"] == answer.headers["X-Request-Id"]
+        request_id = answer.headers["X-Request-Id"]
     settled(lambda: len(list(read_records(server.log.parent / "records.jsonl"))) == known + 6)
     found = list(read_records(server.log.parent / "records.jsonl"))[known:]
     assert {record.finish_reason for record in found} == {"refused"}
     assert [record.prompt_len for record in found] == [1, 1, 2, 2, 0, 0]
     assert [record.error for record in found] == ["400"] * 4 + ["400 context_length_exceeded", "400"]
-    assert found[-1].request_id == server.requests()[-1]["id"]
+    assert found[-1].request_id == request_id
+    settled(lambda: any(line["id"] == request_id for line in server.requests()))
 
 
 def test_health_version_and_page(server):

@@ -4,12 +4,15 @@ Importing this file is cheap; transformers is imported when a tokenizer is made.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from disagg.errors import ModelError, RequestError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a folder without any of them has no tokenizer
+
+_MOST_TEXTS = 1 << 18  # texts of single tokens that are kept
 
 
 class Tokenizer(Protocol):
@@ -79,6 +82,7 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)  # of tokenizers that are not written in Python
+        self._text_of = lru_cache(maxsize=_MOST_TEXTS)(lambda token: self._decode([token]))
         self.context = 0 if type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel" else 6
 
     def encode(self, text: str) -> list[int]:
@@ -87,9 +91,12 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
+        return self._text_of(ids[0]) if len(ids) == 1 else self._decode(list(ids))
+
+    def _decode(self, ids: list[int]) -> str:
         if self._backend is not None:  # what transformers comes to as well, in twice the time
-            return str(self._backend.decode(list(ids), skip_special_tokens=True))
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            return str(self._backend.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer."""
@@ -101,13 +108,11 @@ class HuggingFaceTokenizer:
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """See Tokenizer."""
-        from jinja2 import TemplateError
-
         if not self._tokenizer.chat_template:
             raise RequestError("This model has no chat template: use plain completions.")
         try:
             return str(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except Exception as error:  # a template is a program: it can fail of anything
             raise RequestError(f"The model's chat template refuses these messages: {error}.") from error
 
 
@@ -129,6 +134,11 @@ class Detokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids and return the text that can no longer change; often empty while a character is incomplete."""
+        if not self._ids and not self._context:  # nothing from before matters: of most tokens this is all
+            text = self._tokenizer.decode(ids)
+            if text and text[-1] != "\ufffd":
+                self._waiting = 0
+                return text
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
         new = self._advance(self._stable(text))

@@ -65,6 +65,7 @@ class Exchange:
         self.request_ids: list[str] = []  # of the Cluster, one per choice; the front thread's
         self.failure: Exception | None = None  # what ended it early
         self.on_failure: Callable[[], None] = lambda: None  # for a reader that is busy elsewhere
+        self.shortcut: Callable[[Piece], bool] = lambda piece: False  # takes news for a reader that waits
         self._overflow = overflow
         self._unread: list[Piece] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -81,7 +82,8 @@ class Exchange:
 
     def put(self, piece: Piece) -> None:
         """Take news."""
-        if self.failure is None:
+        waits = self._waiter is not None and not self._waiter.done()
+        if self.failure is None and not (waits and self.shortcut(piece)):
             self._unread.append(piece)
             self._wake()
             if len(self._unread) > MOST_UNREAD:

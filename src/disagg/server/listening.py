@@ -1,12 +1,9 @@
 """The server's socket: taken before anything slow is imported or started, so that a taken port is told at once."""
 
-import asyncio
 import socket
-import struct
 
 from disagg.errors import InputError
 
-CUT = "disagg.cut"  # in the scope of a request: a function that ends its connection, whatever is still to be sent
 _UNREAD_BYTES = (
     1 << 18
 )  # that the kernel keeps for a client: left to itself it is megabytes, which hide that nobody reads
@@ -29,10 +26,3 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise InputError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port.") from None
     return listener
-
-
-def cut(transport: asyncio.Transport) -> None:
-    """End a connection at once; neither we nor the kernel go on trying to send what its client does not read."""
-    connection = transport.get_extra_info("socket")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()

@@ -17,7 +17,7 @@ from disagg.record import Record
 from disagg.server.answers import Events, Form, Whole, failure
 from disagg.server.asked import FIELDS
 from disagg.server.front import Exchange, Piece
-from disagg.server.listening import CUT
+from disagg.server.http import HTTP, Http
 from disagg.server.problems import Problem, answer, gone, problem_of
 from disagg.server.state import State
 
@@ -52,7 +52,7 @@ class Reply:
                 if self.stream:
                     first = await self._news(records)
                     started = True
-                    await self._stream(first, records, send)
+                    await self._stream(first, records, scope.get(HTTP), send)
                 else:
                     whole = await self._whole(records)
             problem = None
@@ -61,7 +61,7 @@ class Reply:
         except (Problem, DisaggError) as error:
             problem = problem_of(error, FIELDS)
         finally:
-            self.exchange.on_failure = lambda: None
+            self.exchange.on_failure, self.exchange.shortcut = lambda: None, lambda piece: False
             if problem is not None:
                 self.state.front.abort(self.exchange, gone())  # frees the pages, however long the client takes
             if problem is None or not started:
@@ -81,7 +81,7 @@ class Reply:
             async with asyncio.timeout(_LAST_WORDS_S):
                 await send(last)
         except TimeoutError:
-            scope[CUT]()
+            scope[HTTP].cut()
             await watch  # the connection is gone when this has noticed
         finally:
             watch.cancel()
@@ -114,10 +114,22 @@ class Reply:
                 whole.add(piece)
         return whole.body(self.exchange.request_ids[0])
 
-    async def _stream(self, news: list[Piece], records: list[Record], send: Send) -> None:
-        """One event per piece; pieces that came while the client was read to are sent together."""
+    async def _stream(self, news: list[Piece], records: list[Record], http: Http | None, send: Send) -> None:
+        """One event per piece; pieces that came while the client was not reading are sent together.
+
+        A piece that is not a choice's last goes straight to the connection when all before it has gone: waking this
+        task for every token would cost more than the token.
+        """
         events = Events(self.form, self.exchange.request_ids[0], self.state.names)
+
+        def shortcut(piece: Piece) -> bool:
+            if http is None or piece.record is not None or not http.ready:
+                return False
+            http.chunk(events.event(piece))
+            return True
+
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+        self.exchange.shortcut = shortcut
         while True:
             body = b"".join([events.event(piece) for piece in news])
             if len(records) == len(self.exchange.asks):

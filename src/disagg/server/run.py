@@ -11,12 +11,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg.cluster.cluster import Cluster
 from disagg.cluster.status import Status
@@ -24,7 +22,7 @@ from disagg.record import Record, write_records
 from disagg.server.app import create_app
 from disagg.server.front import Front
 from disagg.server.guards import Keys, log
-from disagg.server.listening import CUT, cut
+from disagg.server.http import Http
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
@@ -138,15 +136,6 @@ async def _first(*events: asyncio.Event) -> None:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-
-
-class Http(HttpToolsProtocol):
-    """uvicorn's HTTP, and a way to end a connection whose client does not read: ASGI has none."""
-
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self.scope[CUT] = partial(cut, self.transport)  # type: ignore[literal-required]
 
 
 class _Server(uvicorn.Server):
