@@ -27,9 +27,12 @@ def processes() -> list[str]:
 
 @contextmanager
 def nothing_left(limit_s: float = 5.0) -> Iterator[None]:
-    """Whatever is done within leaves no process, no folder and no named shared memory soon after."""
+    """Whatever is done within leaves no process, no folder and no named shared memory soon after.
+
+    One within another sees what began in itself only.
+    """
     folder = Path(tempfile.mkdtemp(prefix="t-"))  # short: it becomes part of socket paths
-    kept = tempfile.tempdir, os.environ.get("TMPDIR")
+    kept, variables = tempfile.tempdir, {name: os.environ.get(name) for name in ("TMPDIR", _TAG)}
     shared = set(Path("/dev/shm").glob("*disagg*"))
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     os.environ[_TAG] = uuid.uuid4().hex
@@ -41,9 +44,9 @@ def nothing_left(limit_s: float = 5.0) -> Iterator[None]:
         assert left == []
         assert set(Path("/dev/shm").glob("*disagg*")) <= shared
     finally:
-        tempfile.tempdir = kept[0]
-        os.environ.pop("TMPDIR")
-        if kept[1] is not None:
-            os.environ["TMPDIR"] = kept[1]
-        del os.environ[_TAG]
+        tempfile.tempdir = kept
+        for name, value in variables.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)

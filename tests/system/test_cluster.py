@@ -22,11 +22,32 @@ PROMPTS = [[(i * 37 + j * 11) % 10_000 for j in range(length)] for i, length in 
 two_cores = pytest.mark.skipif(len(CORES) < 2, reason="this machine lends one core; deployments of two need two")
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    """Every test, however it ends, leaves no process, folder or shared memory."""
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_by_all():
+    """The deployments that tests share leave no process, folder or shared memory."""
     with nothing_left():
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(nothing_left_by_all):
+    """Neither does any test, however it ends."""
+    with nothing_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(nothing_left_by_all):
+    """One colocated worker with room for everything, for all tests that only ask."""
+    with LLM("seed", deploy="1C", budget="cpu:1") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def pair(nothing_left_by_all):
+    """Two workers with small chunks, likewise."""
+    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=24) as llm:
+        yield llm
 
 
 def wait_until(condition, cluster=None, limit_s=10.0):
@@ -49,10 +70,9 @@ def assert_idle(cluster):
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference(alone):
     """Greedy tokens of one colocated worker with room for everything."""
-    with LLM("seed", deploy="1C", budget="cpu:1") as llm:
-        return [done.token_ids for done in llm.generate(PROMPTS, GREEDY)]
+    return [done.token_ids for done in alone.generate(PROMPTS, GREEDY)]
 
 
 @two_cores
@@ -61,7 +81,6 @@ def reference():
     [
         ("2C", {}),
         ("1P1D", {}),
-        ("1P1D", {"max_batch_tokens": 24}),
         ("1P1D", {"prefix_caching": True, "max_batch_tokens": 48}),
         ("1P1D", {"kv_bytes": 2 * 14 * 393_216, "max_batch_tokens": 32}),
         ("2P2D", {"chunked_prefill": False}),
@@ -69,16 +88,27 @@ def reference():
     ],
 )
 def test_every_deployment_gives_the_same_tokens(reference, deploy, options):
-    """Colocated, disaggregated, small chunks, few pages (preemption), shared prefixes: greedy tokens are equal."""
+    """Colocated, disaggregated, few pages (preemption), shared prefixes: greedy tokens are equal."""
     with LLM("seed", deploy=deploy, budget="cpu:2", **options) as llm:
-        rounds = [llm.generate(PROMPTS, GREEDY) for _ in range(2)]
-        assert_idle(llm.cluster)
-
-    for outputs in rounds:
-        assert [done.token_ids for done in outputs] == reference
-        assert {done.finish_reason for done in outputs} == {"length"}
+        outputs = assert_twice(llm, reference)
     if "kv_bytes" in options:
-        assert sum(done.record.num_preemptions for outputs in rounds for done in outputs) > 0
+        assert sum(done.record.num_preemptions for done in outputs) > 0
+
+
+@two_cores
+def test_small_chunks_give_the_same_tokens(reference, pair):
+    """Prompts handed over in pieces that begin and end inside pages: greedy tokens are equal."""
+    assert_twice(pair, reference)
+
+
+def assert_twice(llm, expected):
+    """Two rounds give these tokens and leave no page held."""
+    rounds = [llm.generate(PROMPTS, GREEDY) for _ in range(2)]
+    assert_idle(llm.cluster)
+    for outputs in rounds:
+        assert [done.token_ids for done in outputs] == expected
+        assert {done.finish_reason for done in outputs} == {"length"}
+    return [done for outputs in rounds for done in outputs]
 
 
 def timed(cluster, prompt):
@@ -93,11 +123,11 @@ def timed(cluster, prompt):
 
 
 @two_cores
-@pytest.mark.parametrize("deploy", ["1C", "1P1D"])
-def test_parts_of_ttft_and_e2e_sum_to_what_the_caller_measured(deploy):
+@pytest.mark.parametrize("deployment", ["alone", "pair"])
+def test_parts_of_ttft_and_e2e_sum_to_what_the_caller_measured(deployment, request):
     """Within 1 ms by a clock outside; a busy machine may come between the two clocks now and then, not usually."""
-    with LLM("seed", deploy=deploy, budget="cpu:2") as llm:
-        measured = [timed(llm.cluster, prompt) for prompt in PROMPTS * 2]
+    cluster = request.getfixturevalue(deployment).cluster
+    measured = [timed(cluster, prompt) for prompt in PROMPTS * 2]
 
     first = sorted(ttft_s - sum(record.ttft_parts().values()) for ttft_s, _, record in measured)
     last = sorted(e2e_s - sum(record.e2e_parts().values()) for _, e2e_s, record in measured)
@@ -108,10 +138,9 @@ def test_parts_of_ttft_and_e2e_sum_to_what_the_caller_measured(deploy):
 
 
 @two_cores
-def test_a_timeline_has_every_moment_in_order():
+def test_a_timeline_has_every_moment_in_order(pair):
     """Nothing is missing, and nothing has to be clamped for the parts to sum, but for copies beside the prefill."""
-    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=64) as llm:
-        records = [done.record for done in llm.generate(PROMPTS, GREEDY)]
+    records = [done.record for done in pair.generate(PROMPTS, GREEDY)]
 
     for record in records:
         assert (record.prefill_worker, record.decode_worker) == ("P0.0", "D0.0")
@@ -127,52 +156,48 @@ def test_a_timeline_has_every_moment_in_order():
 
 
 @two_cores
-def test_chunks_travel_while_the_prompt_is_still_computed():
+def test_chunks_travel_while_the_prompt_is_still_computed(pair):
     """With small chunks the first copy of a long prompt starts before its prefill ends."""
-    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=32) as llm:
-        (done,) = llm.generate([list(range(1000))], GREEDY)
+    (done,) = pair.generate([list(range(1000))], GREEDY)
 
     assert done.record.handoff_start_at < done.record.prefill_end_at
 
 
 @two_cores
-def test_a_request_that_ends_with_its_first_token_hands_nothing_over():
+def test_a_request_that_ends_with_its_first_token_hands_nothing_over(pair):
     """max_tokens 1: one token, no decode, and the decode worker's reservation is gone."""
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    with LLM("seed", deploy="1P1D", budget="cpu:2", max_batch_tokens=32) as llm:
-        outputs = llm.generate(PROMPTS, one)
-        assert_idle(llm.cluster)
+    outputs = pair.generate(PROMPTS, one)
+    assert_idle(pair.cluster)
 
     assert [len(done.token_ids) for done in outputs] == [1] * len(PROMPTS)
 
 
 @two_cores
-def test_a_seed_gives_the_same_tokens_everywhere():
+def test_a_seed_gives_the_same_tokens_everywhere(alone, pair):
     """Sampling depends on seed and prompt, not on batch, worker or hand-off."""
     params = [SamplingParams(temperature=1.0, top_p=0.9, seed=7 + i, max_tokens=12) for i in range(len(PROMPTS))]
     seen = []
-    for deploy in ("1C", "1P1D"):
-        with LLM("seed", deploy=deploy, budget="cpu:2") as llm:
-            seen.append([done.token_ids for done in llm.generate(PROMPTS, params)])
-            alone = llm.generate(PROMPTS[3:4], params[3])[0].token_ids
+    for llm in (alone, pair):
+        seen.append([done.token_ids for done in llm.generate(PROMPTS, params)])
+        by_itself = llm.generate(PROMPTS[3:4], params[3])[0].token_ids
 
     assert seen[0] == seen[1]
-    assert alone == seen[1][3]
+    assert by_itself == seen[1][3]
 
 
 @two_cores
-def test_aborts_at_any_moment_free_every_page():
+def test_aborts_at_any_moment_free_every_page(pair):
     """A request aborted while queued, prefilling, handed over or decoding leaves nothing on either worker."""
-    deployment = Deployment.parse("1P1D", Budget.parse("cpu:2", CORES))
-    with Cluster(deployment, EngineSpec(max_batch_tokens=32)) as cluster:
-        for delay in range(12):
-            ids = [cluster.submit(list(range(200)), SamplingParams(temperature=0, max_tokens=50)) for _ in range(3)]
-            for _ in range(delay):
-                cluster.poll(0.004)
-            records = [cluster.abort(request_id) for request_id in ids]
-            assert {record.finish_reason for record in records if record} <= {"abort"}
-        assert cluster.counters()["live"] == 0
-        assert_idle(cluster)
+    cluster = pair.cluster
+    for delay in range(12):
+        ids = [cluster.submit(list(range(200)), SamplingParams(temperature=0, max_tokens=50)) for _ in range(3)]
+        for _ in range(delay):
+            cluster.poll(0.004)
+        records = [cluster.abort(request_id) for request_id in ids]
+        assert {record.finish_reason for record in records if record} <= {"abort"}
+    assert cluster.counters()["live"] == 0
+    assert_idle(cluster)
 
 
 @two_cores
@@ -212,7 +237,7 @@ def test_a_front_end_that_is_stopped_takes_everything_with_it(number):
 @two_cores
 def test_bad_requests_are_refused_before_anything_runs(monkeypatch):
     """Too long, out of the vocabulary, not fitting into memory, no tokenizer: one sentence each, nothing started."""
-    with LLM("seed", deploy="2C", budget="cpu:2", max_len=256, kv_bytes=2 * 10 * 393_216) as llm:
+    with LLM("seed", deploy="1C", budget="cpu:1", max_len=256, kv_bytes=10 * 393_216) as llm:
         for prompt, params, words in (
             ([1] * 256, GREEDY, "context"),
             ([], GREEDY, "context"),

@@ -268,11 +268,17 @@ def seed_full_recomputation(prompt: list[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("ops", OPS)
-def test_seed_equals_full_recomputation(ops):
-    """`seed` with its cache gives the tokens of PyTorch's own layers recomputing everything for each token."""
+@pytest.fixture(scope="module")
+def recomputed():
+    """Three prompts and what PyTorch's own layers make of them."""
     prompts = random_prompts(10_000, [10, 33, 99])
-    expected = [seed_full_recomputation(prompt, 20) for prompt in prompts]
+    return prompts, [seed_full_recomputation(prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_seed_equals_full_recomputation(recomputed, ops):
+    """`seed` with its cache gives the tokens of PyTorch's own layers recomputing everything for each token."""
+    prompts, expected = recomputed
 
     runner = make_runner(load_model("seed", ops=OPS[ops]()))
 
