@@ -1,6 +1,10 @@
 """For all tests."""
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: tests run side by side, no thread may spin
 
 
 @pytest.fixture(scope="session", autouse=True)
