@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,7 @@ def main() -> None:
         print(f"ceilings: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s")
         if args.sweep:
             compile_tiles()
-        timed = itertools.chain(time_rows(), time_decode_attention(args.sweep), time_prefill_attention(args.sweep))
+        timed = itertools.chain(time_rows(), time_prefill_attention(args.sweep), time_decode_attention(args.sweep))
         lines = print_lines(timed, bandwidth, peak)
         result |= {"bandwidth": bandwidth, "peak": peak, "lines": [line._asdict() for line in lines]}
     text = json.dumps(result)
@@ -206,7 +207,7 @@ def checked() -> Iterator[tuple[str, float, Tensor, Tensor]]:
 
     ops, reference = CudaOps(DTYPE), ReferenceOps()
     for name, shape in MODELS.items():
-        for rows in (1, 2, 8, 16, 64):
+        for rows in (1, 2, 8, 16, 32, 64, 128):
             x, norm = draw(rows, shape.hidden, scale=3), draw(shape.hidden)
             weight, residual = draw(2 * shape.mlp, shape.hidden, scale=shape.hidden**-0.5), draw(rows, shape.mlp)
             wide, _ = reference.add_rms_norm(x.float(), None, norm.float(), 1e-6)
@@ -262,20 +263,16 @@ def time_rows() -> Iterator[Line]:
     yield Line("silu, 8192 rows", graph_ms([lambda: ops.silu_mul(gate_up)] * 10), 1.5 * gate_up.nbytes, 0)
 
 
-# keys, warps, stages, programs, least turns of a part
+# keys, warps, programs, least turns of a part
 DECODE_TILES = [
-    (64, 4, 5, 264, 1), (64, 4, 3, 264, 1), (64, 4, 7, 264, 1), (32, 4, 5, 264, 1), (32, 4, 7, 264, 1),
-    (32, 2, 5, 264, 1), (128, 4, 5, 264, 1), (128, 8, 5, 264, 1), (64, 8, 5, 264, 1), (64, 4, 5, 528, 1),
-    (64, 4, 5, 2112, 4), (64, 4, 5, 2112, 8), (32, 4, 5, 2112, 8),
+    (32, 2, 264, 1), (64, 4, 264, 1), (32, 2, 4608, 8), (32, 2, 2304, 8), (32, 2, 4608, 4), (64, 4, 4608, 4),
+    (16, 1, 528, 1),
 ]  # fmt: skip
 DECODES = {
     "1 x 256": [(1, 256)], "8 x 256": [(1, 256)] * 8, "32 x 256": [(1, 256)] * 32, "128 x 256": [(1, 256)] * 128,
     "32 x 2048": [(1, 2048)] * 32, "144 x 100 to 1100": [(1, 100 + 7 * index) for index in range(144)],
 }  # fmt: skip
-PREFILL_TILES = [
-    (128, 64, 8, 3), (128, 64, 8, 5), (128, 64, 8, 7), (128, 64, 4, 3), (128, 64, 4, 5), (128, 128, 8, 3),
-    (128, 128, 8, 5), (64, 64, 4, 5), (64, 128, 4, 3), (128, 32, 8, 5),
-]  # fmt: skip
+PREFILL_TILES = [(128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (64, 64, 4, 5)]
 PREFILLS = [[(2048, 2048)] * 4, [(512, 4096)] * 4, [(128, 128)]]
 
 
@@ -289,7 +286,7 @@ def compile_tiles() -> None:
     for (name, shape), (title, sequences), tile in itertools.product(MODELS.items(), DECODES.items(), DECODE_TILES):
         parts = parts_of(len(sequences), shape.kv_heads, 4096, DecodeTile(*tile))  # compiled for each number of them
         jobs[(name, parts, *tile)] = (name, title, tile)
-    with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile_tile, jobs.values(), chunksize=2))
 
 
@@ -315,12 +312,11 @@ def decode_calls(
     step, num_pages = make_step(sequences)
     pages = draw(num_pages, layers, 2, shape.kv_heads, PAGE_SIZE, shape.size)
     qkv, out, norm = draw(batch, shape.qkv), draw(batch, shape.heads * shape.size), draw(shape.size)
-    counters = torch.zeros(1 << 16, dtype=torch.int32, device="cuda")
     fused = Fused(make_rope(shape.size), norm, norm, 1e-6)
 
     def call(tile: tuple[int, ...] | None, layer: int) -> None:
         chosen = {} if tile is None else {"tile": DecodeTile(*tile)}
-        attend_decodes(qkv, layer, pages, step, 0.1, out, counters, batch, fused, **chosen)
+        attend_decodes(qkv, layer, pages, step, 0.1, out, batch, fused, **chosen)
 
     return call
 
@@ -357,7 +353,7 @@ def time_prefill_attention(sweep: bool) -> Iterator[Line]:
         call = prefill_calls(shape, sequences)
         flop = 4.0 * shape.heads * shape.size * sum(new * (2 * context - new + 1) / 2 for new, context in sequences)
         title = f"prefill attention, {len(sequences)} x {sequences[0]}"
-        for tile in PREFILL_TILES if sweep else [None]:
+        for tile in [None, *PREFILL_TILES] if sweep else [None]:
             try:
                 ms = graph_ms([lambda tile=tile: call(tile)] * 5)  # noqa: B023
             except Exception as error:  # a tile may need more shared memory than there is

@@ -7,12 +7,14 @@
 #   serving   2C and 1P1D in turns on the same two loaded workers, one rate of RATES after the other
 #   compare   `disagg compare --quick`, where at least 100 s are left
 #
-# STEPS names the steps to take. One that runs out of time is ended; what it has measured is kept. DRY=1 rehearses all of
-# it on two cores, with tiny models: no numbers.
+# STEPS names the steps to take, on the first two GPUs of CUDA_VISIBLE_DEVICES; serving takes SERVING seconds at most. A
+# step that runs out of time is ended; what it has measured is kept. DRY=1 rehearses all of it on two cores, with tiny
+# models: no numbers.
 set -u
 cd "$(dirname "$0")/.." || exit
 OUT=${OUT:-bench/results/two_gpus} LIMIT=${LIMIT:-290} STEPS=${STEPS:-single link serving compare}
-RATES=${RATES:-16 8 12 20} SECONDS_A_POINT=${SECONDS_A_POINT:-15} DRY=${DRY:-}
+RATES=${RATES:-16 8 12 20} SECONDS_A_POINT=${SECONDS_A_POINT:-15} SERVING=${SERVING:-400} DRY=${DRY:-}
+IFS=, read -ra cards <<< "${CUDA_VISIBLE_DEVICES:-0,1}"
 mkdir -p "$OUT"
 exec > >(tee "$OUT/two_gpus.log" | grep --line-buffered -v '^{') 2>&1 # the JSON lines are in files of their own
 export PYTHONPATH="src:bench${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -36,10 +38,10 @@ step() { # name, most seconds, command
 
 single() {
   # shellcheck disable=SC2030
-  (export CUDA_VISIBLE_DEVICES=0 && step engine-8b 120 python3 bench/gpu_engine.py "${BIG[@]}" --out "$OUT/engine_8b.json") \
+  (export CUDA_VISIBLE_DEVICES=${cards[0]} && step engine-8b 120 python3 bench/gpu_engine.py "${BIG[@]}" --out "$OUT/engine_8b.json") \
     > "$OUT/first" 2>&1 &
   (
-    export CUDA_VISIBLE_DEVICES=1
+    export CUDA_VISIBLE_DEVICES=${cards[1]}
     step engine-0.6b 90 python3 bench/gpu_engine.py "${SMALL[@]}" --out "$OUT/engine_06b.json"
     step serving-1c 70 python3 bench/gpu_serving.py "${SERVED[@]}" --budget $ONE --arms 1C --rates 8 \
       --seconds "$SECONDS_A_POINT" --out "$OUT/serving_1c.json"
@@ -55,7 +57,7 @@ link() {
 
 serving() {
   # shellcheck disable=SC2086
-  step serving 400 python3 bench/gpu_serving.py "${SERVED[@]}" --budget $BOTH --arms 1P1D 2C --rates $RATES \
+  step serving "$SERVING" python3 bench/gpu_serving.py "${SERVED[@]}" --budget $BOTH --arms 1P1D 2C --rates $RATES \
     --seconds "$SECONDS_A_POINT" --out "$OUT/serving.json"
 }
 

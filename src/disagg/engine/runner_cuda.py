@@ -29,6 +29,7 @@ from disagg.model.load import Loaded
 from disagg.model.ops import Step
 from disagg.request import Request, SamplingParams
 
+_SIZES = (1, 24, 48, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560, 3584, 5120, 7168)  # prompts of a warm-up
 _BYTES_PER_TOKEN = 24  # token, position, slot
 _BYTES_PER_ROW = 160  # all other arrays of a request in a step
 _BYTES_PER_PAGE = 12  # an entry of the page table and its place
@@ -254,6 +255,8 @@ class CudaRunner:
             for n in range(max(count, len(kinds)))
         ]
         self.launch(Batch(chunks=[Chunk(request, 0, length, True) for request in requests[:count]]))()
+        for rows in _SIZES:  # the library of products loads its kernels one by one, each for some sizes
+            self.launch(Batch(chunks=[Chunk(requests[0], 0, min(rows, length), True)]))()
         for request in requests:
             request.tokens.append(0)
             request.num_computed = length + 1

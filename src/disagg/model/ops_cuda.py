@@ -1,9 +1,9 @@
 """`CudaOps`: the fast implementation of `disagg.model.ops.Ops` on NVIDIA GPUs, in Triton and cuBLAS.
 
-A single row is bound by reading the weights: kernels of our own (ops_cuda_linear.py), five a layer. Some rows: ours
-where a residual is added, else cuBLAS. Many rows are bound by arithmetic: cuBLAS, with the residual added by the
-product itself. Attention: ops_cuda_decode.py for sequences with one new token, ops_cuda_prefill.py for chunks. Nothing
-waits for the device, and a step of decodes alone can be captured in a CUDA graph.
+Up to MAX_ROWS rows a product is bound by reading the weight: kernels of our own (ops_cuda_linear.py), five a layer with
+one row, seven with more. Many rows are bound by arithmetic: cuBLAS, with the residual added by the product itself.
+Attention: ops_cuda_decode.py for sequences with one new token, ops_cuda_prefill.py for chunks. Nothing waits for the
+device, and a step of decodes alone can be captured in a CUDA graph.
 
 A row's result may differ in the last bits between batches of different padded size, because sums are cut differently.
 """
@@ -22,9 +22,6 @@ from disagg.model.ops_cuda_decode import Fused, attend_decodes
 from disagg.model.ops_cuda_linear import MAX_ROWS, Extras, small_product
 from disagg.model.ops_cuda_prefill import attend_chunks
 from disagg.model.ops_cuda_rows import add_rms_norm, rotate_and_store, silu_mul
-
-_SMALL_ROWS = 16  # up to here our product with a residual beats cuBLAS's: bench/gpu_products.py
-_COUNTERS = 1 << 16  # sequences x key/value heads of one step
 
 
 class _Layer(NamedTuple):
@@ -45,7 +42,6 @@ class CudaOps:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"weights can be stored as bfloat16, float16 or float32, not {dtype}")
         self.dtype = dtype
-        self._counters: Tensor | None = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Linear:
         """The weight as it is, without a copy."""
@@ -68,7 +64,7 @@ class CudaOps:
         num_sequences = len(step.context_len)
         decodes = num_sequences if step.max_query_len == 1 else step.num_decodes
         if decodes:
-            attend_decodes(q, layer, pages, step, scale, out, self._counters_on(q.device), decodes)
+            attend_decodes(q, layer, pages, step, scale, out, decodes)
         if decodes < num_sequences:
             attend_chunks(q, layer, pages, step, scale, out, decodes)
         return out
@@ -82,14 +78,14 @@ class CudaOps:
         stack = [
             _Layer(
                 w,
-                Extras(norm=w.attention_norm, eps=eps, bias=w.qkv_bias),
+                Extras(norm=w.attention_norm, eps=eps, bias=w.qkv_bias, early=index > 0),
                 Extras(norm=w.mlp_norm, eps=eps, bias=w.gate_up_bias, gated=True),
             )
-            for w in layers
+            for index, w in enumerate(layers)
         ]
 
         def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
-            x = hidden if len(hidden) <= _SMALL_ROWS else hidden.clone()  # add_product writes into it
+            x = hidden if len(hidden) <= MAX_ROWS else hidden.clone()  # add_product writes into it
             for index, (w, qkv, gate_up) in enumerate(stack):
                 attended = self._attention(extended_product(x, w.qkv, qkv), w, step, index, pages, rope, eps)
                 x = add_product(x, attended, w.out, w.out_bias)
@@ -109,19 +105,12 @@ class CudaOps:
             return self.attend(q, layer, pages, step, scale)
         out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * num_kv * size)
         fused = Fused(rope, w.q_norm, w.k_norm, eps)
-        counters = self._counters_on(qkv.device)
-        attend_decodes(qkv, layer, pages, step, scale, out, counters, len(step.context_len), fused)
+        attend_decodes(qkv, layer, pages, step, scale, out, len(step.context_len), fused)
         return out
-
-    def _counters_on(self, device: torch.device) -> Tensor:
-        """Zeros for attend_decodes, made on first use, which is before a graph is captured."""
-        if self._counters is None or self._counters.device != device:
-            self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        return self._counters
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
-    """x [T, K] @ weight [N, K] transposed + bias, in the dtype of x or `out_dtype`; ours wins on wide ones."""
+    """x [T, K] @ weight [N, K] transposed + bias, in the dtype of x or `out_dtype`."""
     if len(x) <= MAX_ROWS:
         return small_product(x, weight, Extras(bias=bias), out_dtype)
     if out_dtype in (None, x.dtype):
@@ -132,17 +121,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dty
 
 def extended_product(x: Tensor, weight: Tensor, extras: Extras) -> Tensor:
     """A product of the normed x, gated or not; see Extras, whose residual is not used here."""
-    if len(x) == 1:
+    if len(x) <= MAX_ROWS:
         return small_product(x, weight, extras)
     if extras.norm is not None:
-        x, _ = add_rms_norm(x, None, extras.norm, extras.eps)
+        x, _ = add_rms_norm(x, None, extras.norm, extras.eps, extras.early)
     out = linear(x, weight, extras.bias)
     return silu_mul(out) if extras.gated else out
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """total [T, N] + x @ weight transposed + bias; with many rows in the memory of `total`."""
-    if len(x) <= _SMALL_ROWS:
+    if len(x) <= MAX_ROWS:
         return small_product(x, weight, Extras(bias=bias, residual=total))
     total.addmm_(x, weight.t())
     return total if bias is None else total.add_(bias)

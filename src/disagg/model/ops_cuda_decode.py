@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from disagg.model.ops import Rope, Step
-from disagg.model.ops_cuda_jit import after_previous, kernel, launch, overlaps
+from disagg.model.ops_cuda_jit import after_previous, counters_on, kernel, launch, overlaps, release_next
 
 _MAX_PARTS = 32
 _MIN_TILE = 16  # rows, and inputs, of a tensor core's tile
@@ -27,9 +27,8 @@ _MIN_TILE = 16  # rows, and inputs, of a tensor core's tile
 class DecodeTile(NamedTuple):
     """How the work is cut."""
 
-    keys: int = 64  # of one turn of the loop
-    warps: int = 4
-    stages: int = 5  # the least with which Triton fetches a turn's keys while another's are used: pages come first
+    keys: int = 32  # of one turn of the loop
+    warps: int = 2
     programs: int = 264  # that fill the GPU: two for each of 132 multiprocessors
     least: int = 1  # turns of a part: a context shorter than this for each part is cut into fewer
 
@@ -57,17 +56,16 @@ def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: Decode
 
 
 def attend_decodes(
-    source: Tensor, layer: int, pages: Tensor, step: Step, scale: float, out: Tensor, counters: Tensor,
-    num_sequences: int, fused: Fused | None = None, tile: DecodeTile = _TILE,
+    source: Tensor, layer: int, pages: Tensor, step: Step, scale: float, out: Tensor, num_sequences: int,
+    fused: Fused | None = None, tile: DecodeTile = _TILE,
 ) -> None:  # fmt: skip
     """Write out[:num_sequences] [Hq * D] of sequences with one row each, which is the row of their own number.
 
     `source` is q [T, Hq, D] with keys and values already in the pages, or with `fused` the rows of the merged
-    projection [T, (Hq + 2 Hkv) * D]. `counters` int32, at least num_sequences * Hkv zeros, are zeros again afterwards;
-    only one stream may use them at a time.
+    projection [T, (Hq + 2 Hkv) * D]; then no kernel launched early may have written keys and values of the past.
     """
     num_kv, page_size, size = pages.shape[3:]
-    num_heads = out.shape[1] // size
+    num_heads, counters = out.shape[1] // size, counters_on(out.device)
     if num_sequences * num_kv > len(counters):
         raise ValueError(f"{num_sequences} sequences of {num_kv} heads need more than {len(counters)} counters")
     longest = step.max_context_len or step.page_table.shape[1] * page_size
@@ -79,15 +77,15 @@ def attend_decodes(
         peak, weight = torch.empty(2, *shape, dtype=torch.float32, device=out.device)
     rope, q_norm, k_norm, eps = fused or Fused(None, None, None, 0.0)
     cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+    early = overlaps(out.device)
     launch(
         _decode_kernel, (num_sequences, num_kv, parts), source, pages, step.page_table, step.context_len, cos, sin,
         q_norm, k_norm, out, partial, peak, weight, counters, step.page_table.stride(0), layer, scale, eps,
         NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, HALF_BLOCK=max(_MIN_TILE, triton.next_power_of_2(size // 2)),
         PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts, LEAST=tile.least,
-        PARTS_BLOCK=triton.next_power_of_2(parts),
         GROUP_BLOCK=max(_MIN_TILE, triton.next_power_of_2(num_heads // num_kv)), FUSED=fused is not None,
-        HAS_ROPE=rope is not None, HAS_NORM=q_norm is not None, STAGES=tile.stages, warps=tile.warps,
-        early=overlaps(out.device),
+        HAS_ROPE=rope is not None, HAS_NORM=q_norm is not None,
+        warps=tile.warps, early=early,
     )  # fmt: skip
 
 
@@ -97,11 +95,16 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
     out, partial, peak, weight, counters, table_width, layer, scale, eps,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.constexpr, HALF_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, FUSED: tl.constexpr, HAS_ROPE: tl.constexpr,
-    HAS_NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, FUSED: tl.constexpr, HAS_ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One sequence, one key/value head, one part of the context. Halves of a head are kept apart, as rotation does."""
-    after_previous(EARLY)
+    """One sequence, one key/value head, one part of the context. Halves of a head are kept apart, as rotation does.
+
+    Keys and values of a turn are asked for a turn before, those of the first before the previous kernel has ended.
+    """
+    release_next(EARLY)
+    if not FUSED:
+        after_previous(EARLY)  # it wrote keys and values
     HALF: tl.constexpr = SIZE // 2
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV
     KV_STRIDE: tl.constexpr = NUM_KV * PAGE_SIZE * SIZE
@@ -117,6 +120,8 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
     in_group = (member < GROUP)[:, None] & in_head[None, :]
     if length == 0:  # a row of padding
         if part == 0:
+            if FUSED:
+                after_previous(EARLY)
             tl.store(out_row + at_group, tl.zeros([GROUP_BLOCK, 2 * HALF_BLOCK], tl.float32), mask=in_group)
         return
 
@@ -127,6 +132,20 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
     if part >= parts:
         return
 
+    begin = part * turns_of_part * KEYS
+    end = tl.minimum(begin + turns_of_part * KEYS, past)
+    table = page_table + sequence.to(tl.int64) * table_width
+    kv_base = pages + layer * (2 * KV_STRIDE) + kv_head * (PAGE_SIZE * SIZE)
+    lane = tl.arange(0, KEYS)
+    key = begin + lane
+    page = tl.load(table + key // PAGE_SIZE, mask=key < end, other=0).to(tl.int64)
+    keys_first, keys_second, values = _keys_and_values(
+        kv_base + page * PAGE_STRIDE + key % PAGE_SIZE * SIZE, key < end, half, channel, HALF, SIZE, KV_STRIDE
+    )
+    page = tl.load(table + (key + KEYS) // PAGE_SIZE, mask=key + KEYS < end, other=0).to(tl.int64)
+
+    if FUSED:
+        after_previous(EARLY)
     row = source + sequence.to(tl.int64) * WIDTH
     at = (kv_head * GROUP + member)[:, None] * SIZE + half[None, :]
     in_query = (member < GROUP)[:, None] & in_half[None, :]
@@ -136,8 +155,6 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     result = tl.zeros([GROUP_BLOCK, 2 * HALF_BLOCK], tl.float32)
     scale_2 = scale * 1.4426950408889634  # log2(e): exp2 is what the hardware has
-    table = page_table + sequence.to(tl.int64) * table_width
-    kv_base = pages + layer * (2 * KV_STRIDE) + kv_head * (PAGE_SIZE * SIZE)
     if FUSED:
         at_key = (NUM_HEADS + kv_head) * SIZE
         k_first = tl.load(row + at_key + half, mask=in_half, other=0.0).to(tl.float32)
@@ -164,8 +181,8 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
         q_first, q_second = wide_first.to(q_first.dtype), wide_second.to(q_second.dtype)
         k_first, k_second = k_first.to(q_first.dtype), k_second.to(q_first.dtype)
         if part == 0:
-            page = tl.load(table + past // PAGE_SIZE).to(tl.int64)
-            place = kv_base + page * PAGE_STRIDE + past % PAGE_SIZE * SIZE
+            own_page = tl.load(table + past // PAGE_SIZE).to(tl.int64)
+            place = kv_base + own_page * PAGE_STRIDE + past % PAGE_SIZE * SIZE
             tl.store(place + half, k_first, mask=in_half)
             tl.store(place + HALF + half, k_second, mask=in_half)
             tl.store(place + KV_STRIDE + channel, value, mask=in_head)
@@ -175,28 +192,22 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
         total = tl.where(part == 0, 1.0, 0.0) + tl.zeros([GROUP_BLOCK], tl.float32)
         result += tl.where(part == 0, value.to(tl.float32), 0.0)[None, :]
 
-    begin = part * turns_of_part * KEYS
-    end = tl.minimum(begin + turns_of_part * KEYS, past)
-    for first_key in tl.range(begin, end, KEYS, num_stages=STAGES):
-        key = first_key + tl.arange(0, KEYS)
-        known = key < end
-        page = tl.load(table + key // PAGE_SIZE, mask=known, other=0).to(tl.int64)
-        place = kv_base + page * PAGE_STRIDE + key % PAGE_SIZE * SIZE
-        seen = known[None, :] & in_half[:, None]
-        keys_first = tl.load(place[None, :] + half[:, None], mask=seen, other=0.0)
-        keys_second = tl.load(place[None, :] + HALF + half[:, None], mask=seen, other=0.0)
-        values = tl.load(
-            place[:, None] + KV_STRIDE + channel[None, :], mask=known[:, None] & in_head[None, :], other=0.0
+    for first_key in tl.range(begin, end, KEYS, num_stages=1):
+        key = first_key + KEYS + lane
+        next_first, next_second, next_values = _keys_and_values(
+            kv_base + page * PAGE_STRIDE + key % PAGE_SIZE * SIZE, key < end, half, channel, HALF, SIZE, KV_STRIDE
         )
-        score = tl.dot(q_first, keys_first, input_precision="ieee")
-        score = tl.dot(q_second, keys_second, score, input_precision="ieee")
-        score = tl.where(known[None, :], score, float("-inf"))
+        page = tl.load(table + (key + KEYS) // PAGE_SIZE, mask=key + KEYS < end, other=0).to(tl.int64)
+        score = tl.dot(q_first, tl.trans(keys_first), input_precision="ieee")
+        score = tl.dot(q_second, tl.trans(keys_second), score, input_precision="ieee")
+        score = tl.where((first_key + lane < end)[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, axis=1) * scale_2)
         share = tl.exp2(score * scale_2 - higher[:, None])
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(share, axis=1)
         result = tl.dot(share.to(values.dtype), values, result * fade[:, None], input_precision="ieee")
         highest = higher
+        keys_first, keys_second, values = next_first, next_second, next_values
 
     if PARTS == 1:
         tl.store(out_row + at_group, result / total[:, None], mask=in_group)
@@ -213,15 +224,52 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
         counter = counters + sequence * NUM_KV + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
             tl.store(counter, 0)
-            one = tl.arange(0, PARTS_BLOCK)
-            done = one < parts
-            for index in tl.static_range(GROUP):
-                each = (group_of + one) * GROUP + index
-                peaks = tl.load(peak + each, mask=done, other=float("-inf"), cache_modifier=".cg")
-                weights = tl.load(weight + each, mask=done, other=0.0, cache_modifier=".cg")
-                at_part = partial + each[:, None] * SIZE + channel[None, :]
-                both = done[:, None] & in_head[None, :]
-                results = tl.load(at_part, mask=both, other=0.0, cache_modifier=".cg")
-                fades = tl.exp2(peaks - tl.max(peaks, axis=0))
-                joined = tl.sum(results * fades[:, None], axis=0) / tl.sum(weights * fades, axis=0)
-                tl.store(out_row + index * SIZE + channel, joined, mask=in_head)
+            _join(
+                out_row, partial + group_of * (GROUP * SIZE), peak + group_of * GROUP, weight + group_of * GROUP, parts,
+                channel, GROUP, SIZE, PARTS,
+            )  # fmt: skip
+
+
+@kernel
+def _keys_and_values(
+    place, known, half, channel, HALF: tl.constexpr, SIZE: tl.constexpr, KV_STRIDE: tl.constexpr
+):  # fmt: skip
+    """Both halves of keys [KEYS, HALF], and values [KEYS, SIZE], of one turn."""
+    seen = known[:, None] & (half < HALF)[None, :]
+    keys_first = tl.load(place[:, None] + half[None, :], mask=seen, other=0.0)
+    keys_second = tl.load(place[:, None] + HALF + half[None, :], mask=seen, other=0.0)
+    all_seen = known[:, None] & (channel < SIZE)[None, :]
+    return keys_first, keys_second, tl.load(place[:, None] + KV_STRIDE + channel[None, :], mask=all_seen, other=0.0)
+
+
+@kernel
+def _join(
+    out_row, partial, peak, weight, parts, channel,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+) -> None:  # fmt: skip
+    """The result of a sequence's `parts` parts, whatever the order in which they were finished."""
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)
+    BLOCK: tl.constexpr = PARTS if PARTS < 8 else 8
+    member = tl.arange(0, MEMBERS)
+    in_members = (member < GROUP)[None, :]
+    every = tl.arange(0, PARTS)[:, None]
+    place = peak + every * GROUP + member[None, :]
+    peaks = tl.load(place, mask=in_members & (every < parts), other=-1e30, cache_modifier=".cg")
+    highest = tl.max(peaks, axis=0)
+    total = tl.zeros([MEMBERS], tl.float32)
+    result = tl.zeros([MEMBERS, channel.shape[0]], tl.float32)
+    in_head = (channel < SIZE)[None, None, :]
+    for first in tl.static_range(0, PARTS, BLOCK):
+        if first < parts:
+            one = first + tl.arange(0, BLOCK)[:, None]
+            known, each = in_members & (one < parts), one * GROUP + member[None, :]
+            fade = tl.load(peak + each, mask=known, other=-1e30, cache_modifier=".cg")
+            share = tl.load(weight + each, mask=known, other=0.0, cache_modifier=".cg")
+            at = each[:, :, None] * SIZE + channel[None, None, :]
+            part = tl.load(partial + at, mask=known[:, :, None] & in_head, other=0.0, cache_modifier=".cg")
+            fade = tl.exp2(fade - highest[None, :])
+            total += tl.sum(fade * share, axis=0)
+            result += tl.sum(fade[:, :, None] * part, axis=0)
+    at = member[:, None] * SIZE + channel[None, :]
+    total = tl.where(member < GROUP, total, 1.0)
+    tl.store(out_row + at, result / total[:, None], mask=(member < GROUP)[:, None] & (channel < SIZE)[None, :])

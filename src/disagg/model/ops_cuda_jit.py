@@ -1,9 +1,10 @@
 """How GPU kernels are compiled and launched: Triton, with each kernel starting while the one before it still runs.
 
 Kernels of one step depend on each other, and between two of them a GPU idles for some microseconds. Programmatic
-dependent launch (CUDA's name; Hopper and newer) hides most of it: a kernel says at its start that the next one may be
-brought up, and waits itself, at `after_previous`, until all writes of the one before are visible. What it does before
-that point must touch nothing that a kernel writes: it can fetch weights.
+dependent launch (CUDA's name; Hopper and newer) hides most of it: a kernel says at its start, with `release_next`, that
+the next one may be brought up, and waits itself, at `after_previous`, until all writes of the one before are visible.
+Before that point it must write nothing, and read nothing but what was there when the first kernel of the step began,
+which is launched with early=False and so waits for everything: weights, the step's tables, keys and values of the past.
 
 Parameters of a kernel are pointers and numbers, typed by its compiler; only `tl.constexpr` ones say what they are.
 """
@@ -28,10 +29,10 @@ _NUMBERS = ("layer", "rows", "first", "num_sequences", "table_width")
 _TENSORS = ("page_table", "query_start", "context_len", "positions", "slots")
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -> Any:
     """Compile on first use, for each set of `tl.constexpr` values; cached on disk by Triton."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(
+    return jit(
         function,
         do_not_specialize=[name for name in _NUMBERS if name in names],
         do_not_specialize_on_alignment=[name for name in _TENSORS if name in names],
@@ -39,9 +40,26 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @functools.cache
+def counters_on(device: torch.device) -> Tensor:
+    """int32 [65,536] zeros, by which programs that share a result find out who is last; every kernel leaves zeros.
+
+    Kernels of one stream share them. Made on first use, which has to be before a CUDA graph is captured.
+    """
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on a device may start early."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def is_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels written for Hopper's tensor cores run on a device, with numbers of two bytes."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 class _Compiled(NamedTuple):
@@ -92,8 +110,14 @@ def _trait(arg: Any, value: Any) -> Any:
 
 
 @kernel
-def after_previous(EARLY: tl.constexpr) -> None:
-    """Let the next kernel be brought up, then wait for the writes of the previous one."""
+def release_next(EARLY: tl.constexpr) -> None:
+    """Let the next kernel be brought up as soon as there is room for it."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@kernel
+def after_previous(EARLY: tl.constexpr) -> None:
+    """Wait for the writes of the previous kernel, and so of all before it."""
+    if EARLY:
         tl.extra.cuda.gdc_wait()

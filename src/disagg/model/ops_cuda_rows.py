@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from disagg.model.ops import Rope, Step
-from disagg.model.ops_cuda_jit import after_previous, kernel, launch, overlaps
+from disagg.model.ops_cuda_jit import after_previous, kernel, launch, overlaps, release_next
 
 _HEADS = 8  # of one program of _rotate_kernel
 _TOKENS = 4
@@ -21,6 +21,7 @@ def _norm_kernel(
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row: normed = total / rms(total) * weight with total = x + residual. `size` is H."""
+    release_next(EARLY)
     after_previous(EARLY)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -34,7 +35,9 @@ def _norm_kernel(
     tl.store(normed + at, scaled, mask=inside)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, early: bool = True
+) -> tuple[Tensor, Tensor]:
     """`Ops.add_rms_norm`; without a residual the sum is x itself."""
     rows, size = x.shape
     normed = torch.empty_like(x)
@@ -42,7 +45,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     block = triton.next_power_of_2(size)
     launch(
         _norm_kernel, (rows,), x, residual, weight, normed, total, size, eps,
-        warps=min(16, max(1, block // 512)), BLOCK=block, HAS_RESIDUAL=residual is not None, early=overlaps(x.device),
+        warps=min(16, max(1, block // 512)), BLOCK=block, HAS_RESIDUAL=residual is not None,
+        early=early and overlaps(x.device),
     )  # fmt: skip
     return normed, total
 
@@ -50,6 +54,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 @kernel
 def _silu_kernel(gate_up, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr) -> None:
     """A block of one row: silu(gate) * up. `size` is I."""
+    release_next(EARLY)
     after_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -77,6 +82,7 @@ def _rotate_kernel(
     HAS_ROPE: tl.constexpr, HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """TOKENS x HEADS heads: programs of axis 1 take query heads first, then key heads with their value heads."""
+    release_next(EARLY)
     after_previous(EARLY)
     HALF: tl.constexpr = SIZE // 2
     WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV) * SIZE
