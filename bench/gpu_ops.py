@@ -353,7 +353,7 @@ def time_prefill_attention(sweep: bool) -> Iterator[Line]:
         call = prefill_calls(shape, sequences)
         flop = 4.0 * shape.heads * shape.size * sum(new * (2 * context - new + 1) / 2 for new, context in sequences)
         title = f"prefill attention, {len(sequences)} x {sequences[0]}"
-        for tile in [None, *PREFILL_TILES] if sweep else [None]:
+        for tile in PREFILL_TILES if sweep else [None]:
             try:
                 ms = graph_ms([lambda tile=tile: call(tile)] * 5)  # noqa: B023
             except Exception as error:  # a tile may need more shared memory than there is

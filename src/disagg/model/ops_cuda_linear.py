@@ -3,7 +3,7 @@
 While a GPU waits for a weight it can do more at no cost, so these kernels also add a residual and join gate and up,
 and that of a single row, which is here, norms its input: a layer of decoding is five kernels instead of ten. (With more
 rows each program would norm all of them again, which costs more than a kernel of its own.) Those of more rows are in
-ops_cuda_matrix.py and, for Hopper, ops_cuda_hopper_matrix.py. Sums are float32. Every output is summed in the same
+ops_cuda_matrix.py and, for Hopper, ops_cuda_hopper.py. Sums are float32. Every output is summed in the same
 order in any batch of the same padded size.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from disagg.model.ops_cuda_hopper_matrix import hopper_matrix_kernel
+from disagg.model.ops_cuda_hopper import hopper_kernel
 from disagg.model.ops_cuda_jit import (
     INTERPRETED,
     after_previous,
@@ -92,7 +92,7 @@ def small_product(
         counters = counters_on(x.device)
     arguments = (x, weight, *beside, parts, counters, rows, num_out, depth)
     if flags["EVEN"] and tile.outputs in (64, 128) and tile.warps == 4 and hopper:
-        function = hopper_matrix_kernel
+        function = hopper_kernel
         del flags["EVEN"]
     else:
         function = matrix_kernel

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from disagg.model.ops import Step
-from disagg.model.ops_cuda_hopper import hopper_kernel
-from disagg.model.ops_cuda_jit import INTERPRETED, after_previous, is_hopper, kernel, launch, overlaps, release_next
+from disagg.model.ops_cuda_jit import INTERPRETED, after_previous, kernel, launch, overlaps, release_next
 
 _SEARCH = tl.constexpr(256)  # sequences looked at together to find a program's own
 
@@ -30,16 +29,13 @@ class PrefillTile(NamedTuple):
     stages: int
 
 
-HOPPER_TILE = PrefillTile(128, 64, 8, 6)
-
-
 def prefill_tile(size: int, dtype: torch.dtype) -> PrefillTile:
     """The tile for a head size; float32 has half the room."""
     if INTERPRETED:
         return PrefillTile(32, 32, 1, 1)
     if dtype == torch.float32:
         return PrefillTile(32, 32, 4, 2)
-    return PrefillTile(128, 64, 8, 3) if size > 64 else PrefillTile(128, 64, 4, 3)
+    return PrefillTile(128, 128, 8, 3) if size > 64 else PrefillTile(128, 64, 4, 3)
 
 
 def attend_chunks(
@@ -49,19 +45,17 @@ def attend_chunks(
     """Write the rows of out [T, Hq * D] that belong to sequences first, first + 1, ... of the step."""
     num_kv, page_size, size = pages.shape[3:]
     num_heads = q.shape[1]
-    chosen, kernel_on = tile or prefill_tile(size, q.dtype), _prefill_kernel
-    extra: dict[str, int] = {"SIZE_BLOCK": triton.next_power_of_2(size)}
-    if tile is None and size in (64, 128) and is_hopper(q.device, q.dtype):
-        chosen, kernel_on, extra = HOPPER_TILE, hopper_kernel, {"WARPS": HOPPER_TILE.warps}
-    tokens = chosen.rows // (num_heads // num_kv)
+    tile = tile or prefill_tile(size, q.dtype)
+    tokens = tile.rows // (num_heads // num_kv)
     num_sequences = len(step.context_len) - first
     # every sequence's last tile may be a partial one
     grid = (num_kv, (len(q) - first) // tokens + num_sequences)
     launch(
-        kernel_on, grid, q, pages, step.page_table, step.query_start, step.context_len, out, first, num_sequences,
-        step.page_table.stride(0), layer, scale, NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, PAGE_SIZE=page_size,
-        PAGE_STRIDE=pages.stride(0), TOKENS=tokens, ROWS=chosen.rows, KEYS=chosen.keys, STAGES=chosen.stages,
-        warps=chosen.warps, early=overlaps(q.device), **extra,
+        _prefill_kernel, grid, q, pages, step.page_table, step.query_start, step.context_len, out, first,
+        num_sequences, step.page_table.stride(0), layer, scale,
+        NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, SIZE_BLOCK=triton.next_power_of_2(size), PAGE_SIZE=page_size,
+        PAGE_STRIDE=pages.stride(0), TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
+        warps=tile.warps, early=overlaps(q.device),
     )  # fmt: skip
 
 
