@@ -87,6 +87,8 @@ def serve(
     keys = [key for source in key_sources for key in api_keys.read(source)]
     if host not in _LOOPBACK and not keys and not no_api_key:
         raise InputError(f"Listening on {host} lets others in: give --api-key, or --no-api-key if that is meant.")
+    if records is not None:
+        _check_appends(records)
     cores = tuple(sorted(os.sched_getaffinity(0)))
     deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
     engine = EngineSpec.on(
@@ -144,3 +146,10 @@ def _positive(option: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise InputError(f"{option} must be above 0, not {value:g}.")
     return value
+
+
+def _check_appends(records: Path) -> None:
+    try:
+        records.open("a").close()
+    except OSError as error:
+        raise InputError(f"--records {records}: {error.strerror}. Name a file that can be written.") from None

@@ -61,6 +61,7 @@ class WorkerStatus(NamedTuple):
     role: Role
     up: bool
     process: Process | None
+    silent: bool = False  # up, and not heard of for several heartbeats
 
 
 class Supervisor:
@@ -166,9 +167,10 @@ class Supervisor:
 
     def workers(self) -> list[WorkerStatus]:
         """Every worker, dead or alive."""
+        silent = self.silent()
         return [
-            WorkerStatus(name, seat.worker, seat.config.spec.role, seat.up, seat.process)
-            for name, seat in self.seats.items()
+            WorkerStatus(name, s.worker, s.config.spec.role, s.up, s.process, silent.get(s.worker, False))
+            for name, s in self.seats.items()
         ]
 
     def silent(self) -> dict[str, bool]:

@@ -73,10 +73,12 @@ class Metrics:
             return  # of it there is nothing to measure
         for name, counter in self._amounts.items():
             counter.inc(getattr(record, name))
-        self._queries.inc(record.prompt_len)
+        if record.prefill_start_at is not None:
+            self._queries.inc(record.prompt_len)
         for worker, busy_s in record.prefill_s_by_worker().items():
-            self._busy.labels(worker, "prefill").inc(busy_s)
-        self._busy.labels(record.decode_worker, "decode").inc(record.decode_busy_s)
+            self._busy.labels(_name(worker), "prefill").inc(busy_s)
+        if record.decode_worker:
+            self._busy.labels(_name(record.decode_worker), "decode").inc(record.decode_busy_s)
         self._prompt_len.observe(record.prompt_len)
         self._output_len.observe(record.output_len)
         if record.handoff_busy_s > 0:
@@ -95,6 +97,11 @@ class Metrics:
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _name(worker: str) -> str:
+    """Of a worker, without its epoch, which a restart would turn into another series."""
+    return worker.rpartition(".")[0]
 
 
 class _Gaps(Collector):

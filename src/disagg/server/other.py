@@ -52,6 +52,7 @@ async def health(request: Request) -> Response:
     state = _state(request)
     workers = state.front.workers
     down = [f"Worker {worker.name} is not up." for worker in workers if not worker.up]
+    down += [f"Worker {worker.name} has not been heard of for a while." for worker in workers if worker.silent]
     if state.stopping:
         status, reasons = "stopping", [state.stopping]
     elif not workers:
