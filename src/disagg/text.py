@@ -38,8 +38,10 @@ class TextStream:
         new = self._detokenizer.push(ids)
         if final:
             new += self._detokenizer.flush()
-        broken = len(new) - len(new.lstrip("\ufffd"))  # bytes from before, which turned out to be no character
-        self.begins_at = self._num_chars + (broken if broken < len(new) else 0)
+        self.begins_at = self._num_chars
+        if new[:1] == "\ufffd":  # bytes from before, which turned out to be no character
+            broken = len(new) - len(new.lstrip("\ufffd"))
+            self.begins_at += broken if broken < len(new) else 0
         self._num_chars += len(new)
         if not self._stop:
             return new

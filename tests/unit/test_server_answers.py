@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -14,7 +15,7 @@ from disagg.errors import RequestError
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
-from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, decode
+from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, RawPrompt, decode
 from disagg.server.front import Piece
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
@@ -36,7 +37,9 @@ RECORD = Record(request_id="r", index=0, prompt_len=9, finish_reason="length", n
 
 def piece(choice, text, tokens, finish="", record=None, at=0):
     values = [TokenLogprobs(-1.0, [(token, -1.0), (195, -2.0)]) for token in tokens]
-    return Piece(choice, text, tokens, values, finish, record, [at + number for number in range(len(tokens))])
+    return Piece(
+        choice, list(text) or [""], tokens, values, finish, record, [at + number for number in range(len(tokens))]
+    )
 
 
 PIECES = [
@@ -50,7 +53,7 @@ PIECES = [
 
 def parsed(form):
     events = Events(form, "id0", NAMES)
-    stream = b"".join(map(events.event, PIECES)) + events.last()
+    stream = events.events(PIECES[:1]) + events.events(PIECES[1:]) + events.last()
     assert stream.endswith(DONE)
     return [json.loads(event.removeprefix("data: ")) for event in stream.decode().split("\n\n")[:-2]]
 
@@ -93,12 +96,25 @@ def test_a_stream_says_what_the_whole_answer_says(chat, options):
     }
     assert body["usage"] == usage
     if form.usage:
-        assert [event["usage"] for event in events] == [None] * len(PIECES) + [usage]
+        assert [event["usage"] for event in events] == [None] * 7 + [usage]
         assert events[-1]["choices"] == []
     elif form.usage_so_far:
         assert events[-1]["usage"] == usage
     else:
         assert all("usage" not in event for event in events)
+
+
+@pytest.mark.parametrize("options", [{}, {"logprobs": True, "token_ids": True, "usage_so_far": True}])
+def test_every_token_is_an_event_of_its_own(options):
+    """However many come at once; only a choice's last event says why it ended, and usage grows by one a token."""
+    form = Form(False, "m", [9], 2, **options)
+    mine = [event for event in parsed(form) if event["choices"][0]["index"] == 0]
+    assert [event["choices"][0]["text"] for event in mine] == ["a", '"', "\n", ""]
+    assert [event["choices"][0]["finish_reason"] for event in mine] == [None, None, None, "stop"]
+    if options:
+        assert [event["choices"][0]["token_ids"] for event in mine] == [[97], [34], [10], []]
+        assert [event["choices"][0]["logprobs"]["text_offset"] for event in mine] == [[0], [1], [2], []]
+        assert [event["usage"]["completion_tokens"] for event in mine] == [1, 2, 3, 5]
 
 
 def test_names_of_tokens_are_never_half_characters():
@@ -111,7 +127,7 @@ def test_the_chosen_token_is_among_the_likeliest():
     """As in the OpenAI API: one more than asked for if it is not; of tokens with the same text the likeliest counts."""
     whole = Whole(Form(False, "m", [1], 1, logprobs=True), NAMES)
     values = [TokenLogprobs(-3.0, [(97, -1.0), (98, -2.0)]), TokenLogprobs(-1.0, [(97, -1.0)]), TokenLogprobs(-5.0, [])]
-    whole.add(Piece(0, "zab", [122, 97, 98], values, "length", RECORD, [0, 1, 2]))
+    whole.add(Piece(0, ["z", "a", "b"], [122, 97, 98], values, "length", RECORD, [0, 1, 2]))
     found = whole.body("id0")["choices"][0]["logprobs"]
     assert found["top_logprobs"] == [{"a": -1.0, "b": -2.0, "z": -3.0}, {"a": -1.0}, {"b": -5.0}]
     assert found["token_logprobs"] == [-3.0, -1.0, -5.0]
@@ -163,6 +179,16 @@ def test_what_cannot_be_decoded_names_its_field(kind, body, param):
         decode(kind, body)
     assert (caught.value.status, caught.value.param) == (400, param)
     assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("[1, 2,3]", 3), ("[]", 1), ('"[1, 2]"', 0), ('["a, b", "c"]', 0), ("[[1, 2], [3]]", 0), ("null", 0)],
+)
+def test_token_ids_are_counted_before_they_are_decoded(prompt, count):
+    """Only of a single prompt of ids; of anything else decoding tells."""
+    body = f'{{"prompt": {prompt}, "n": 2, "stop": ["[", ","]}}'.encode()
+    assert msgspec.json.decode(body, type=RawPrompt).num_ids() == count
 
 
 def client_of(workers, stopping="", progress="loading"):

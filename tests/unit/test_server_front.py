@@ -4,6 +4,7 @@ import asyncio
 import os
 import queue
 import select
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -118,10 +119,10 @@ def test_tokens_become_text_in_order_and_end_with_the_record():
         pieces = await exchange.next()
         while len(pieces) < 2:
             pieces += await exchange.next()
-        assert [(piece.choice, piece.text, piece.tokens) for piece in pieces] == [(0, "a", [0]), (1, "b", [1])]
+        assert [(piece.choice, piece.texts, piece.tokens) for piece in pieces] == [(0, ["a"], [0]), (1, ["b"], [1])]
         cluster.say([update("r0", 2, 3, ended=record("r0"))])
         (piece,) = await exchange.next()
-        assert (piece.text, piece.finish, piece.record) == ("cd", "length", record("r0"))
+        assert (piece.texts, piece.finish, piece.record) == (["c", "d"], "length", record("r0"))
         assert exchange.request_ids == ["r0", "r1"]
 
     _, records = run(scenario)
@@ -135,10 +136,10 @@ def test_a_stop_string_ends_the_request_with_the_token_that_completed_it():
         exchange = await opened(front, Ask([1], SamplingParams(stop=("cd",))))
         cluster.say([update("r0", 0, 2)])
         (held,) = await exchange.next()
-        assert held.text == "a"
+        assert held.texts == ["a", ""]
         cluster.say([update("r0", 3, 4, 5)])
         (last,) = await exchange.next()
-        assert (last.text, last.tokens, last.finish) == ("", [3], "stop")
+        assert (last.texts, last.tokens, last.finish) == ([""], [3], "stop")
         assert cluster.aborted == {"r0": FinishReason.STOP}
         cluster.say([update("r0", 6)])
 
@@ -152,7 +153,7 @@ def test_a_stop_string_in_the_last_update_needs_no_abort():
         exchange = await opened(front, Ask([1], SamplingParams(stop=("b",))))
         cluster.say([update("r0", 0, 1, 2, ended=record("r0"))])
         (last,) = await exchange.next()
-        assert (last.text, last.tokens, last.finish) == ("a", [0, 1], "stop")
+        assert (last.texts, last.tokens, last.finish) == (["a", ""], [0, 1], "stop")
         assert cluster.aborted == {}
 
     run(scenario)
@@ -178,7 +179,48 @@ def test_offsets_are_where_the_text_of_a_token_begins():
         exchange = await opened(front, Ask([1], SamplingParams(stop=("cx",), logprobs=0)), ASK)
         cluster.say([update("r0", 0, 2), update("r0", 1, ended=record("r0")), update("r1", 0)])
         pieces = await exchange.next()
-        assert [(piece.text, piece.offsets) for piece in pieces] == [("a", [0, 1]), ("cb", [2]), ("a", [])]
+        assert [(piece.texts, piece.offsets) for piece in pieces] == [(["a", ""], [0, 1]), (["cb"], [2]), (["a"], [])]
+
+    run(scenario)
+
+
+def test_news_that_came_while_the_loop_was_busy_are_taken_together():
+    """A reader that waits gets all tokens of several polls in one go, however many choices they belong to."""
+
+    async def scenario(cluster, front, records):
+        exchange = await opened(front, ASK, ASK)
+        taken = []
+        exchange.shortcut = lambda news: taken.append(news) or True
+        reader = asyncio.ensure_future(exchange.next())
+        await asyncio.sleep(0)
+        for _ in range(3):
+            cluster.say([update("r0", 0), update("r1", 1, 2)])
+        while not cluster.news.empty() or len(front._news) < 6:  # the loop is not free for a moment
+            time.sleep(0.001)
+        await front.call(lambda cluster: None)
+        assert [[(piece.choice, *piece.texts) for piece in news] for news in taken] == [[(0, "a"), (1, "b", "c")] * 3]
+        assert not reader.done()
+        reader.cancel()
+
+    run(scenario)
+
+
+def test_tokens_before_a_failure_are_handed_over_before_it():
+    """Both come to the loop at the same moment: the reader that waits has the tokens first."""
+
+    async def scenario(cluster, front, records):
+        exchange = await opened(front, ASK)
+        taken = []
+        exchange.shortcut = lambda news: taken.append([text for piece in news for text in piece.texts]) or True
+        reader = asyncio.ensure_future(exchange.next())
+        await asyncio.sleep(0)
+        cluster.say([update("r0", 0, 1)])
+        cluster.say(WorkerLost("No worker could be kept alive."))
+        while front.failure is None:
+            time.sleep(0.001)
+        with pytest.raises(Problem, match="stopping"):
+            await reader
+        assert taken == [["a", "b"]]
 
     run(scenario)
 
@@ -201,13 +243,13 @@ def test_an_aborted_exchange_is_over_for_both_sides():
 
 
 def test_a_reader_that_stops_reading_does_not_grow_memory(monkeypatch):
-    """After MOST_UNREAD pieces the exchange is ended and its requests are aborted."""
+    """After MOST_UNREAD tokens the exchange is ended and its requests are aborted."""
     monkeypatch.setattr(fronts, "MOST_UNREAD", 20)
 
     async def scenario(cluster, front, records):
         exchange = await opened(front, ASK)
-        for _ in range(21):
-            cluster.say([update("r0", 0)])
+        for _ in range(7):
+            cluster.say([update("r0", 0, 1, 2)])
         while not cluster.aborted:
             await asyncio.sleep(0)
         with pytest.raises(Problem, match="does not read"):

@@ -1,6 +1,7 @@
 """What clients get: completions and chat completions, whole or as server-sent events, in the OpenAI API's form.
 
-A streamed token costs one small concatenation: all that stays the same in an event is encoded once per answer.
+Every token is an event of its own. What stays the same in all events of a choice is encoded once, and the events of all
+tokens that are there are joined in one go.
 """
 
 import time
@@ -69,6 +70,10 @@ class Usage:
     def add(self, piece: Piece) -> None:
         """Count a piece."""
         self.completion += len(piece.tokens)
+        self.end(piece)
+
+    def end(self, piece: Piece) -> None:
+        """Count what is known at a choice's end."""
         if piece.record is not None:
             prompt = piece.choice // self.form.n
             self.cached[prompt] = max(self.cached.get(prompt, 0), min(piece.record.num_cached, piece.record.prompt_len))
@@ -102,12 +107,18 @@ class Events:
         self._tail = self._close + b',"logprobs":null,"finish_reason":null}' + self._end
         self._plain = not (form.logprobs or form.token_ids or form.usage_so_far)
 
-    def event(self, piece: Piece) -> bytes:
-        """One event."""
-        self._usage.add(piece)
-        if self._plain and not piece.finish and piece.choice in self._begun:
-            return self._heads[piece.choice] + _encode(piece.text) + self._tail
-        return self._full(piece)
+    def events(self, pieces: Sequence[Piece]) -> bytes:
+        """An event for every token of these pieces."""
+        parts: list[bytes] = []
+        for piece in pieces:
+            if self._plain and not piece.finish and piece.choice in self._begun:
+                self._usage.completion += len(piece.tokens)
+                for text in piece.texts:
+                    parts += (self._heads[piece.choice], _encode(text), self._tail)
+            else:
+                self._usage.end(piece)
+                parts += [self._full(piece, place) for place in range(len(piece.texts))]
+        return b"".join(parts)
 
     def last(self) -> bytes:
         """What ends the stream."""
@@ -115,19 +126,23 @@ class Events:
             return DONE
         return self._start + b'],"usage":' + _encode(self._usage.body()) + b"}\n\n" + DONE
 
-    def _full(self, piece: Piece) -> bytes:
-        form, head = self._form, self._heads[piece.choice]
+    def _full(self, piece: Piece, place: int) -> bytes:
+        """The event of one of a piece's tokens, with everything that is asked for."""
+        form, head, one = self._form, self._heads[piece.choice], slice(place, place + 1)
+        self._usage.completion += len(piece.tokens[one])
         if form.chat and piece.choice not in self._begun:
             head = head.replace(b'"delta":{', b'"delta":{"role":"assistant",')
         self._begun.add(piece.choice)
         logprobs = None
         if form.logprobs:
-            logprobs = _logprobs(form.chat, piece.tokens, piece.logprobs, piece.offsets, self._names)
-        rest: dict[str, Any] = {"logprobs": logprobs, "finish_reason": piece.finish or None}
+            known = piece.tokens[one], piece.logprobs[one], piece.offsets[one]
+            logprobs = _logprobs(form.chat, *known, self._names)
+        is_last = place + 1 == len(piece.texts)
+        rest: dict[str, Any] = {"logprobs": logprobs, "finish_reason": piece.finish or None if is_last else None}
         if form.token_ids:
-            rest["token_ids"] = piece.tokens
+            rest["token_ids"] = piece.tokens[one]
         end = b'],"usage":' + _encode(self._usage.body()) + b"}\n\n" if form.usage_so_far else self._end
-        return head + _encode(piece.text) + self._close + b"," + _encode(rest)[1:] + end
+        return head + _encode(piece.texts[place]) + self._close + b"," + _encode(rest)[1:] + end
 
 
 class Whole:
@@ -143,7 +158,7 @@ class Whole:
         """Take a piece."""
         self._usage.add(piece)
         choice = self._choices[piece.choice]
-        choice.text += piece.text
+        choice.text += "".join(piece.texts)
         choice.tokens += piece.tokens
         choice.logprobs += piece.logprobs
         choice.offsets += piece.offsets

@@ -6,7 +6,7 @@ support may be there with a value that asks for nothing (`null`, an empty list, 
 
 import difflib
 import re
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -110,12 +110,24 @@ class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
         """One entry per prompt of the batch. Raises Problem."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        numbers = [one for one in self.prompt if isinstance(one, int)]
-        if numbers and len(numbers) == len(self.prompt):
-            return [numbers]
-        if numbers or not self.prompt:
+        kinds = set(map(type, self.prompt))
+        if kinds == {int}:
+            return [cast("list[int]", self.prompt)]
+        if int in kinds or not self.prompt:
             raise Problem(400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt")
-        return [one for one in self.prompt if not isinstance(one, int)]
+        return cast("list[str | list[int]]", self.prompt)
+
+
+class RawPrompt(msgspec.Struct):
+    """Of a CompletionRequest only the prompt, while it is still JSON."""
+
+    prompt: msgspec.Raw
+
+    def num_ids(self) -> int:
+        """How many token ids it is if it is a list of nothing else; 0 otherwise."""
+        json = bytes(self.prompt)
+        is_flat = json.startswith(b"[") and json.count(b"[") == 1 and b'"' not in json
+        return json.count(b",") + 1 if is_flat else 0
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):

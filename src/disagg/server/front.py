@@ -1,10 +1,13 @@
 """The thread that owns the Cluster, and the bridge between it and the event loop.
 
     event loop: open, abort, call ──commands, bell──▶ front thread: submit, poll, tokens become text
-    event loop: Exchange.next     ◀──one wake a poll── front thread
+    event loop: Exchange.next     ◀──one wake for all news── front thread
 
 The Cluster is not thread safe and its poll blocks, so one thread does nothing else. Tokens become text here, off the
 event loop and outside every worker, because here a stop string can end a request before its next token is wanted.
+
+The event loop takes all news that are there when its turn comes, and hands each exchange its share at once: the busier
+it is, the more tokens of a stream share the cost of a write.
 """
 
 import asyncio
@@ -13,7 +16,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from disagg.cluster.cluster import Cluster, Update, WorkerStatus
@@ -27,7 +30,7 @@ from disagg.text import Detokenizes, TextStream
 
 log = logging.getLogger("disagg.serve")
 
-MOST_UNREAD = 4096  # pieces of one exchange; a client that lags so far behind has stopped reading
+MOST_UNREAD = 4096  # tokens of one exchange; a client that lags so far behind has stopped reading
 _POLL_S = 0.25
 
 _T = TypeVar("_T")
@@ -42,10 +45,12 @@ class Ask(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """News of one choice. With `record` it is over, and `finish` says why in the API's words."""
+    """News of one choice: tokens, each with the text that it completed. With `record` the choice is over, and `finish`
+    says why in the API's words.
+    """
 
     choice: int
-    text: str
+    texts: list[str]  # one a token; without tokens one, which had been held back
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
     finish: str
@@ -65,9 +70,10 @@ class Exchange:
         self.request_ids: list[str] = []  # of the Cluster, one per choice; the front thread's
         self.failure: Exception | None = None  # what ended it early
         self.on_failure: Callable[[], None] = lambda: None  # for a reader that is busy elsewhere
-        self.shortcut: Callable[[Piece], bool] = lambda piece: False  # takes news for a reader that waits
+        self.shortcut: Callable[[list[Piece]], bool] = lambda news: False  # takes news for a reader that waits
         self._overflow = overflow
         self._unread: list[Piece] = []
+        self._num_unread = 0  # texts in them
         self._waiter: asyncio.Future[None] | None = None
 
     async def next(self) -> list[Piece]:
@@ -77,25 +83,37 @@ class Exchange:
             await self._waiter
         if self.failure is not None:
             raise self.failure
-        news, self._unread = self._unread, []
-        return news
+        return self._take()
 
     def put(self, piece: Piece) -> None:
-        """Take news."""
-        waits = self._waiter is not None and not self._waiter.done()
-        if self.failure is None and not (waits and self.shortcut(piece)):
+        """Take news, of which `tell` tells the reader."""
+        if self.failure is None:
             self._unread.append(piece)
-            self._wake()
-            if len(self._unread) > MOST_UNREAD:
-                self._overflow(self)
+            self._num_unread += len(piece.texts)
+
+    def tell(self) -> None:
+        """All news that there are now have been put."""
+        waits = self._waiter is not None and not self._waiter.done()
+        if not self._unread:
+            return
+        if waits and self.shortcut(self._unread):
+            self._take()
+            return
+        self._wake()
+        if self._num_unread > MOST_UNREAD:
+            self._overflow(self)
 
     def fail(self, error: Exception) -> None:
         """End it for the reader. The first failure counts."""
         if self.failure is None:
             self.failure = error
-            self._unread.clear()
+            self._take()
             self._wake()
             self.on_failure()
+
+    def _take(self) -> list[Piece]:
+        news, self._unread, self._num_unread = self._unread, [], 0
+        return news
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -154,7 +172,8 @@ class Front:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._commands: deque[Callable[[Cluster | None], object]] = deque()
         self._choices: dict[str, _Choice] = {}  # by request id
-        self._news: list[tuple[Callable[[Any], None], Any]] = []  # for the event loop: functions and their arguments
+        self._news: deque[tuple[Exchange, Piece] | tuple[Callable[[Any], None], Any]] = deque()  # for the event loop
+        self._called = False  # whether the event loop is going to look at them
         self._stopping = False
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="front")
@@ -205,7 +224,7 @@ class Front:
     def _command(self, command: Callable[[Cluster | None], object]) -> None:
         if self._ended.is_set():
             command(None)
-            _deliver(self._take_news())
+            self._deliver()
         else:
             self._commands.append(command)
             os.eventfd_write(self._bell, 1)
@@ -217,11 +236,26 @@ class Front:
         self.settled.set()
         while self._commands:
             self._commands.popleft()(None)
-        _deliver(self._take_news())
+        self._deliver()
         for choice in self._choices.values():
             choice.exchange.fail(_over())
         os.close(self._bell)
         self._on_end()
+
+    def _deliver(self) -> None:
+        """Pass on the news: pieces to exchanges, which are told when they have all of theirs; the rest is called."""
+        self._called = False
+        told: dict[Exchange, None] = {}
+        for _ in range(len(self._news)):  # what is added meanwhile waits for the next time, lest this never end
+            target, news = self._news.popleft()
+            if isinstance(target, Exchange):
+                target.put(news)
+                told[target] = None
+            else:
+                _tell(told)  # what came before a failure is delivered before it
+                told = {}
+                target(news)
+        _tell(told)
 
     # In the thread
 
@@ -256,12 +290,9 @@ class Front:
         while self._commands:
             self._commands.popleft()(cluster)
         self.workers = cluster.workers()
-        if self._news:
-            self._loop.call_soon_threadsafe(_deliver, self._take_news())
-
-    def _take_news(self) -> list[tuple[Callable[[Any], None], Any]]:
-        news, self._news = self._news, []
-        return news
+        if self._news and not self._called:
+            self._called = True
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _submit(self, cluster: Cluster | None, exchange: Exchange) -> None:
         try:
@@ -313,30 +344,31 @@ class Front:
         choice = self._choices.get(update.request_id)
         if choice is None:
             return
-        stream, record, text, num_tokens = choice.text, update.record, "", 0
+        stream, record = choice.text, update.record
+        texts: list[str] = []
         offsets: list[int] = []
         for token in update.tokens:
-            if stream.stopped:
-                break
-            text += stream.push((token,))
-            num_tokens += 1
+            texts.append(stream.push((token,)))
             if choice.offsets:
                 offsets.append(stream.begins_at)
             if stream.stopped:
                 record = record or cluster.abort(update.request_id, FinishReason.STOP)
-        finish = ""
+                break
+        tokens, logprobs, finish = update.tokens, update.logprobs, ""
+        if len(texts) < len(tokens):
+            tokens, logprobs = tokens[: len(texts)], logprobs[: len(texts)]
         if record is not None:
-            text += stream.push((), final=True)
+            rest = stream.push((), final=True)
+            texts = [*texts[:-1], texts[-1] + rest] if texts else [rest]
             finish = FinishReason.STOP if stream.stopped else record.finish_reason
             del self._choices[update.request_id]
             self._on_record(record)
-        tokens, logprobs = update.tokens[:num_tokens], update.logprobs[:num_tokens]
-        self._news.append((choice.exchange.put, Piece(choice.place, text, tokens, logprobs, finish, record, offsets)))
+        self._news.append((choice.exchange, Piece(choice.place, texts, tokens, logprobs, finish, record, offsets)))
 
 
-def _deliver(news: list[tuple[Callable[[Any], None], Any]]) -> None:
-    for function, argument in news:
-        function(argument)
+def _tell(exchanges: Iterable[Exchange]) -> None:
+    for exchange in exchanges:
+        exchange.tell()
 
 
 def _unless_cancelled(done: "asyncio.Future[Any]", function: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,6 +1,7 @@
 """POST /v1/completions and /v1/chat/completions: from a request to what the Cluster is asked for."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from disagg.clock import WallClock
 from disagg.request import SamplingParams
 from disagg.server.answers import Form
-from disagg.server.asked import ChatRequest, CompletionRequest, Generate, decode
+from disagg.server.asked import ChatRequest, CompletionRequest, Generate, RawPrompt, decode
 from disagg.server.front import Ask
 from disagg.server.problems import Problem, gone
 from disagg.server.reply import Reply
@@ -26,7 +27,7 @@ _Asked = TypeVar("_Asked", bound=msgspec.Struct)
 async def completions(request: Request) -> Reply:
     """POST /v1/completions."""
     received_at, state = WallClock().now(), request.app.state.disagg
-    asked = await read(request, CompletionRequest)
+    asked = decode(CompletionRequest, _not_too_long(state, await body_of(request)))
     state.check_model(asked.model)
     prompts = asked.prompts()
     _check_choices(state, asked.n, len(prompts))
@@ -63,8 +64,22 @@ async def _ids(state: State, prompt: str | list[int]) -> list[int]:
     return prompt
 
 
+def _not_too_long(state: State, body: bytes) -> bytes:
+    """Raise Problem when the prompt is more token ids than fit, before half a million integers are made of them."""
+    if len(body) > 2 * state.most_tokens():  # an id and its comma
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # to be told when decoded
+            if num_ids := msgspec.json.decode(body, type=RawPrompt).num_ids():
+                state.check_len(num_ids, "prompt")
+    return body
+
+
 async def read(request: Request, kind: type[_Asked]) -> _Asked:
     """The request's body as `kind`. Raises Problem: too large, too slow, or not what it should be."""
+    return decode(kind, await body_of(request))
+
+
+async def body_of(request: Request) -> bytes:
+    """The request's body. Raises Problem: too large or too slow."""
     settings = request.app.state.disagg.settings
     body = bytearray()
     try:
@@ -79,7 +94,7 @@ async def read(request: Request, kind: type[_Asked]) -> _Asked:
         raise Problem(408, f"The body did not come within {settings.body_s:g} s.") from None
     except ClientDisconnect:
         raise gone() from None
-    return decode(kind, bytes(body))
+    return bytes(body)
 
 
 def _check_choices(state: State, n: int | None, num_prompts: int) -> None:

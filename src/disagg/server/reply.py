@@ -61,7 +61,7 @@ class Reply:
         except (Problem, DisaggError) as error:
             problem = problem_of(error, FIELDS)
         finally:
-            self.exchange.on_failure, self.exchange.shortcut = lambda: None, lambda piece: False
+            self.exchange.on_failure, self.exchange.shortcut = lambda: None, lambda news: False
             if problem is not None:
                 self.state.front.abort(self.exchange, gone())  # frees the pages, however long the client takes
             if problem is None or not started:
@@ -115,23 +115,23 @@ class Reply:
         return whole.body(self.exchange.request_ids[0])
 
     async def _stream(self, news: list[Piece], records: list[Record], http: Http | None, send: Send) -> None:
-        """One event per piece; pieces that came while the client was not reading are sent together.
+        """One event per token; tokens that came while the loop was busy or the client was not reading share a write.
 
-        A piece that is not a choice's last goes straight to the connection when all before it has gone: waking this
-        task for every token would cost more than the token.
+        News that end no choice go straight to the connection when all before them have gone: waking this task for
+        every token would cost more than the token.
         """
         events = Events(self.form, self.exchange.request_ids[0], self.state.names)
 
-        def shortcut(piece: Piece) -> bool:
-            if http is None or piece.record is not None or not http.ready:
+        def shortcut(news: list[Piece]) -> bool:
+            if http is None or not http.ready or any(piece.record is not None for piece in news):
                 return False
-            http.chunk(events.event(piece))
+            http.chunk(events.events(news))
             return True
 
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
         self.exchange.shortcut = shortcut
         while True:
-            body = b"".join([events.event(piece) for piece in news])
+            body = events.events(news)
             if len(records) == len(self.exchange.asks):
                 break
             await send({"type": "http.response.body", "body": body, "more_body": True})
