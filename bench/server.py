@@ -1,14 +1,17 @@
 """What the server itself costs: streamed tokens a second, and what it adds to the time to first token.
 
 A deployment that answers at once stands in for the workers; everything else is the real server: front thread, text,
-HTTP. Beside it, the simplest possible stream of the same stack: a Starlette StreamingResponse of a constant. Both run
-in two ways:
+HTTP. Beside it, the simplest possible stream of the same stack: a Starlette StreamingResponse of a constant. All send
+the same number of events a stream. They run in two ways:
 
     stepped   every token is a write of its own, as when workers step: the next one waits until the last is sent
-    flat out  no waiting: tokens that come while others are sent are written together, by the server or by the loop
+    flat out  no waiting. The server writes tokens of a stream together that come while it is busy with others; the
+              simplest stream writes every event by itself, as it would; "joined" is the simplest stream once more, its
+              constant as many events long as the server's mean write had: what is left when the source costs nothing
 
 The server runs on one core, its client on another. Tokens a CPU second are those that the server would do with a core
-to itself; on a busy machine it gets less.
+to itself; on a busy machine it gets less. They include what the stand-in costs. Rows are medians of rounds that take
+turns.
 
     python bench/server.py
 
@@ -48,6 +51,7 @@ from disagg.server.state import Settings, State
 
 STREAMS, TOKENS = 64, 500
 PINGS = 200
+ROUNDS = 3
 TEXT = "The capital of France is Paris, a city of two million people on the river Seine. "
 
 
@@ -61,6 +65,7 @@ class InstantCluster:
         self._live: dict[str, tuple[Record, itertools.cycle]] = {}
         self._ids = itertools.count()
         self._loop, self._sent, self._stepped = loop, threading.Event(), stepped
+        self.cpu_s = 0.0  # what making updates took
 
     def __enter__(self):
         return self
@@ -92,7 +97,7 @@ class InstantCluster:
             self._sent.clear()
             self._loop.call_soon_threadsafe(self._loop.call_soon, self._loop.call_soon, self._sent.set)
             self._sent.wait(timeout_s)
-        now, updates = time.monotonic(), []
+        now, updates, cpu_s = time.monotonic(), [], time.thread_time()
         for request_id, (record, text) in list(self._live.items()):
             record.token_at.append(now)
             done = len(record.token_at) == record.max_tokens
@@ -100,11 +105,12 @@ class InstantCluster:
                 record.finish_reason, record.output_len = "length", record.max_tokens
                 del self._live[request_id]
             updates.append(Update(request_id, [next(text)], [None], record if done else None))
+        self.cpu_s += time.thread_time() - cpu_s
         return updates
 
 
-def simplest(stepped: bool) -> Starlette:
-    """The same bytes as one of our events, as often as asked for."""
+def simplest(stepped: bool, joined: int = 1) -> Starlette:
+    """The same bytes as one of our events, as often as asked for, `joined` at a time."""
     chunk = {"id": f"cmpl-{0:032x}", "object": "text_completion", "created": 1_700_000_000, "model": "bench"}
     chunk["choices"] = [{"index": 0, "text": " city", "logprobs": None, "finish_reason": None}]
     event = b"data: " + msgspec.json.encode(chunk) + b"\n\n"
@@ -113,8 +119,8 @@ def simplest(stepped: bool) -> Starlette:
         count = msgspec.json.decode(await request.body())["max_tokens"]
 
         async def body():
-            for _ in range(count):
-                yield event
+            for at in range(0, count, joined):
+                yield event * min(joined, count - at)
                 if stepped:
                     await asyncio.sleep(0)
 
@@ -154,19 +160,15 @@ async def measure(app) -> dict[str, float]:
     return found
 
 
-async def ours(stepped: bool) -> dict[str, float]:
-    loop = asyncio.get_running_loop()
-    try:
-        info = load_info("smollm2", None)
-    except ModelError:
-        sys.exit("The bench needs a tokenizer: make model")
+async def ours(info, stepped: bool) -> dict[str, float]:
+    cluster = InstantCluster(info, asyncio.get_running_loop(), stepped)
     metrics = Metrics(lambda: None)
-    front = Front(lambda progress: InstantCluster(info, loop, stepped), on_record=metrics.add)
+    front = Front(lambda progress: cluster, on_record=metrics.add)
     front.start()
     await front.settled.wait()
     found = await measure(create_app(State(Settings(model="bench"), front, metrics), Keys([]), frozenset()))
     await front.stop()
-    return found
+    return {**found, "stand_in_us": cluster.cpu_s / found["tokens"] * 1e6}
 
 
 async def client(port: int) -> None:
@@ -179,17 +181,18 @@ async def client(port: int) -> None:
         )
         return (head % len(body)).encode() + body
 
-    async def stream(num_tokens: int) -> tuple[int, float]:
+    async def stream(num_tokens: int) -> tuple[int, int, float]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(num_tokens))
-        count, first_at, tail = 0, 0.0, b""
+        count, writes, first_at, tail = 0, 0, 0.0, b""
         while not tail.endswith(b"0\r\n\r\n"):
             data = await reader.read(1 << 18)
-            count += (tail[-4:] + data).count(b'"text"')
+            count += (tail[-5:] + data).count(b'"text"')
+            writes += (tail[-3:] + data).count(b"\n\n\r\n")  # an HTTP chunk that ends with an event
             first_at = first_at or time.perf_counter()
             tail = (tail + data)[-16:]
         writer.close()
-        return count, first_at
+        return count, writes, first_at
 
     def ready(said) -> None:
         print(json.dumps(said), flush=True)
@@ -200,15 +203,29 @@ async def client(port: int) -> None:
     started_at = time.perf_counter()
     counts = await asyncio.gather(*(stream(TOKENS) for _ in range(STREAMS)))
     took_s = time.perf_counter() - started_at
-    tokens = sum(count for count, _ in counts)
-    ready({"tokens": tokens, "per_s": tokens / took_s})
+    tokens, writes = (sum(each) for each in list(zip(*counts, strict=True))[:2])
+    ready({"tokens": tokens, "per_s": tokens / took_s, "per_write": tokens / writes})
     times = []
     for _ in range(PINGS):
         at = time.perf_counter()
-        _, first_at = await stream(1)
+        *_, first_at = await stream(1)
         times.append((first_at - at) * 1e3)
     p50, p99 = np.percentile(times, [50, 99]).tolist()
     print(json.dumps({"ttft_p50_ms": p50, "ttft_p99_ms": p99}))
+
+
+def compare(info, stepped: bool) -> dict[str, dict[str, float]]:
+    """Rows by name: the median of each number over the rounds."""
+    rounds: dict[str, list[dict[str, float]]] = {}
+    for _ in range(ROUNDS):
+        rounds.setdefault("simplest", []).append(uvloop.run(measure(simplest(stepped))))
+        rounds.setdefault("disagg", []).append(mine := uvloop.run(ours(info, stepped)))
+        if not stepped:
+            joined = simplest(stepped, max(1, round(mine["per_write"])))
+            rounds.setdefault("joined", []).append(uvloop.run(measure(joined)))
+    return {
+        name: {key: float(np.median([each[key] for each in row])) for key in row[0]} for name, row in rounds.items()
+    }
 
 
 def main() -> None:
@@ -219,18 +236,26 @@ def main() -> None:
         return
     os.sched_setaffinity(0, {cores[0]})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        info = load_info("smollm2", None)
+    except ModelError:
+        sys.exit("The bench needs a tokenizer: make model")
     print(f"{STREAMS} streams of {TOKENS} tokens, server on one core\n")
-    print(f"{'':>10}{'':>10}{'tokens/s':>12}{'tokens/CPU s':>14}{'TTFT p50 ms':>13}{'p99 ms':>9}")
+    columns = f"{'tokens/s':>12}{'tokens/CPU s':>14}{'us/token':>10}{'a write':>9}{'TTFT p50 ms':>13}{'p99 ms':>9}"
+    print(f"{'':>20}{columns}")
     found = {}
     for way, stepped in (("stepped", True), ("flat out", False)):
-        rows = {"simplest": uvloop.run(measure(simplest(stepped))), "disagg": uvloop.run(ours(stepped))}
+        rows = compare(info, stepped)
         for name, row in rows.items():
+            cost = f"{1e6 / row['per_cpu_s']:10.1f}{row['per_write']:9.1f}"
             times = f"{row['ttft_p50_ms']:13.2f}{row['ttft_p99_ms']:9.2f}"
-            print(f"{way:>10}{name:>10}{row['per_s']:12,.0f}{row['per_cpu_s']:14,.0f}{times}")
-        share = rows["disagg"]["per_cpu_s"] / rows["simplest"]["per_cpu_s"]
-        added_ms = rows["disagg"]["ttft_p50_ms"] - rows["simplest"]["ttft_p50_ms"]
-        print(f"{'':>10}{share:.0%} of the simplest stream; {added_ms:.2f} ms added to TTFT")
-        found[way] = {**rows, "share": share, "added_ttft_ms": added_ms}
+            print(f"{way:>10}{name:>10}{row['per_s']:12,.0f}{row['per_cpu_s']:14,.0f}{cost}{times}")
+        mine, other = rows["disagg"], rows["simplest"]
+        share, share_wall = (mine[key] / other[key] for key in ("per_cpu_s", "per_s"))
+        added_ms = mine["ttft_p50_ms"] - other["ttft_p50_ms"]
+        print(f"{'':>10}{share:.0%} of the simplest stream by CPU time, {share_wall:.0%} by the clock; ", end="")
+        print(f"{added_ms:.2f} ms added to TTFT; the stand-in costs {mine['stand_in_us']:.1f} us a token")
+        found[way] = {**rows, "share": share, "share_wall": share_wall, "added_ttft_ms": added_ms}
     print(json.dumps({"benchmark": "server", "streams": STREAMS, "tokens": TOKENS, **found}))
 
 
