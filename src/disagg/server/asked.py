@@ -16,6 +16,8 @@ from disagg.server.problems import Problem
 
 _LONGEST_NAME = 100  # of a field that an answer repeats
 MOST_STOPS = 16  # every token is compared with every stop string
+MOST_STOP_TOKENS = 256
+_LONGEST_WHAT = 200  # of what an answer says is wrong, which may repeat a value
 
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seed", "min_tokens", "ignore_eos")  # fmt: skip
@@ -81,14 +83,14 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MOST_STOPS:
             raise Problem(400, f"stop has {len(stop)} strings: give at most {MOST_STOPS}.", param="stop")
+        ids = self.stop_token_ids or ()
+        if len(ids) > MOST_STOP_TOKENS:
+            message = f"stop_token_ids has {len(ids)} ids: give at most {MOST_STOP_TOKENS}."
+            raise Problem(400, message, param="stop_token_ids")
         given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
         try:
             return SamplingParams(
-                max_tokens=max_tokens,
-                logprobs=logprobs,
-                stop=stop,
-                stop_token_ids=tuple(self.stop_token_ids or ()),
-                **given,
+                max_tokens=max_tokens, logprobs=logprobs, stop=stop, stop_token_ids=tuple(ids), **given
             )
         except RequestError as error:
             engines, _, rest = str(error).partition(" ")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -31,9 +32,9 @@ async def completions(request: Request) -> Reply:
     state.check_model(asked.model)
     prompts = asked.prompts()
     _check_choices(state, asked.n, len(prompts))
-    encoded = [await _ids(state, one) for one in prompts]
     max_tokens = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
-    params = [asked.sampling(max_tokens, asked.logprobs)] * len(encoded)
+    params = [asked.sampling(max_tokens, asked.logprobs)] * len(prompts)
+    encoded = [await _ids(state, one) for one in prompts]
     return _reply(request, asked, encoded, params, received_at, chat=False)
 
 
@@ -131,7 +132,7 @@ def _reply(
         usage_so_far=options is not None and options.continuous_usage_stats,
     )
     asks = [
-        Ask(prompt, _for_choice(each, choice), asked.disagg_route)
+        Ask(prompt, for_choice(each, choice), asked.disagg_route)
         for prompt, each in zip(prompts, params, strict=True)
         for choice in range(n)
     ]
@@ -140,8 +141,10 @@ def _reply(
     return Reply(state, exchange, form, bool(asked.stream), asyncio.get_running_loop().time() + left_s)
 
 
-def _for_choice(params: SamplingParams, choice: int) -> SamplingParams:
+def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
     """Choices of one prompt differ: each has a seed of its own, counted up from the one asked for."""
     if params.seed is None or choice == 0:
         return params
-    return msgspec.structs.replace(params, seed=(params.seed + choice) % _SEEDS)
+    other = copy.copy(params)  # unlike `replace` this does not check again what has been checked
+    msgspec.structs.force_setattr(other, "seed", (params.seed + choice) % _SEEDS)
+    return other
