@@ -14,10 +14,9 @@ from disagg.errors import RequestError
 from disagg.request import SamplingParams
 from disagg.server.problems import Problem
 
-_LONGEST_NAME = 100  # of a field that an answer repeats
+_LONGEST_NAME = 100  # of a field or value that an answer repeats
 MOST_STOPS = 16  # every token is compared with every stop string
 MOST_STOP_TOKENS = 256
-_LONGEST_WHAT = 200  # of what an answer says is wrong, which may repeat a value
 
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seed", "min_tokens", "ignore_eos")  # fmt: skip
@@ -220,9 +219,12 @@ def decode(kind: type[_Asked], body: bytes) -> _Asked:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", str(error), re.DOTALL)
+        message = str(error)
+        if len(message) > 8 * _LONGEST_NAME:  # it repeats megabytes of the request; where they are stands at the end
+            message = message[: 4 * _LONGEST_NAME] + message[-4 * _LONGEST_NAME :]
+        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL)
         if unknown is None or unknown[1] not in _NOTHING:
-            raise _refusal(str(error), kind.__struct_fields__) from None
+            raise _refusal(message, kind.__struct_fields__) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error) from None
     return decode(kind, _without_nothing(body))
@@ -246,15 +248,20 @@ def _malformed(error: Exception) -> Problem:
 
 
 def _refusal(error: str, fields: tuple[str, ...]) -> Problem:
-    """A validation error as a Problem that names the field."""
+    """A validation error as a Problem that names the field. What it repeats of the request is cut short."""
     where = re.search(r" - at `\$\.?(.*)`$", error, re.DOTALL)
     path = where[1] if where else ""
     what = error[: where.start()] if where else error
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL)
     if unknown is None:
         field = path or next(iter(re.findall(r"required field `(.*)`", what)), None)
-        return Problem(400, f"{what}{f', in {path}' if path else ''}.", param=field)
-    name = f"{path}.{unknown[1]}"[-_LONGEST_NAME:].lstrip(".")
-    near = difflib.get_close_matches(unknown[1], fields, 1) if not path else []
+        return Problem(400, f"{_cut(what)}{f', in {_cut(path)}' if path else ''}.", param=field and _cut(field))
+    name = unknown[1][:_LONGEST_NAME]
+    near = difflib.get_close_matches(name, fields, 1) if not path else []
+    name = f"{path}.{name}"[-_LONGEST_NAME:].lstrip(".")
     hint = f" Did you mean {near[0]}?" if near else ""
     return Problem(400, f"There is no field {name} here.{hint}", param=name)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
