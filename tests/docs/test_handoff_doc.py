@@ -13,7 +13,7 @@ from disagg.transfer.layout import Layout
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "handoff.md").read_text()
 HAND_OFF = ("Offer", "ChunkReady", "Cancel", "Renewed", "Renew", "PullDone", "Dropped")
-SCENARIOS = "tests/unit/test_handoff_scenarios.py"
+SCENARIOS = ("tests/unit/test_handoff_scenarios.py", "tests/unit/test_handoff_transfers.py")
 
 
 def section(title: str) -> str:
@@ -65,10 +65,10 @@ def test_the_conservation_rule_and_the_handshake_are_those_of_the_code():
 
 
 def test_every_scenario_has_a_row_and_every_named_test_exists():
-    """35 rows; a test named in a row is there, and a test of the file is named in its own row."""
+    """35 rows; a test named in a row is there, and a test of these files is named in its own row."""
     table = {int(row[0]): row[2] for row in rows(section("The scenarios"))[1:]}
     assert sorted(table) == list(range(1, 36))
-    written = {name for name in functions(SCENARIOS) if name.startswith("test_scenario_")}
+    written = {name for path in SCENARIOS for name in functions(path) if name.startswith("test_scenario_")}
     for number, cell in table.items():
         named = set(re.findall(r"`(test_\w+)`", cell))
         assert named == {name for name in written if name.startswith(f"test_scenario_{number:02}_")}
