@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import copy
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -14,7 +14,7 @@ from disagg.request import SamplingParams
 from disagg.server.answers import Form
 from disagg.server.asked import ChatRequest, CompletionRequest, Generate, RawPrompt, decode
 from disagg.server.front import Ask
-from disagg.server.problems import Problem, gone
+from disagg.server.problems import Problem, gone, late
 from disagg.server.reply import Reply
 from disagg.server.state import State
 from disagg.server.text_process import check_ids
@@ -25,33 +25,47 @@ _SEEDS = 1 << 63
 _Asked = TypeVar("_Asked", bound=msgspec.Struct)
 
 
+class Arrival(NamedTuple):
+    """When a request came: on the cluster's clock, and on the event loop's."""
+
+    received_at: float
+    at: float
+
+    @classmethod
+    def now(cls) -> "Arrival":
+        """It comes now."""
+        return cls(WallClock().now(), asyncio.get_running_loop().time())
+
+
 async def completions(request: Request) -> Reply:
     """POST /v1/completions."""
-    received_at, state = WallClock().now(), request.app.state.disagg
+    arrival, state = Arrival.now(), request.app.state.disagg
     asked = decode(CompletionRequest, _not_too_long(state, await body_of(request)))
     state.check_model(asked.model)
     prompts = asked.prompts()
     _check_choices(state, asked.n, len(prompts))
     max_tokens = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
     params = [asked.sampling(max_tokens, asked.logprobs)] * len(prompts)
-    encoded = [await _ids(state, one) for one in prompts]
-    return _reply(request, asked, encoded, params, received_at, chat=False)
+    async with in_time(request, arrival):
+        encoded = [await _ids(state, one) for one in prompts]
+    return _reply(request, asked, encoded, params, arrival, chat=False)
 
 
 async def chat_completions(request: Request) -> Reply:
     """POST /v1/chat/completions."""
-    received_at, state = WallClock().now(), request.app.state.disagg
+    arrival, state = Arrival.now(), request.app.state.disagg
     asked = await read(request, ChatRequest)
     state.check_model(asked.model)
     _check_choices(state, asked.n, 1)
-    tokens = await state.texts.encode_chat(asked.messages)
+    async with in_time(request, arrival):
+        tokens = await state.texts.encode_chat(asked.messages)
     state.check_len(tokens.num, "messages")
     prompt = tokens.ids()
     max_tokens = asked.most_tokens()
     if max_tokens is None:
         max_tokens = state.most_tokens() - len(prompt)
     params = asked.sampling(max_tokens, asked.num_logprobs())
-    return _reply(request, asked, [prompt], [params], received_at, chat=True)
+    return _reply(request, asked, [prompt], [params], arrival, chat=True)
 
 
 async def _ids(state: State, prompt: str | list[int]) -> list[int]:
@@ -72,6 +86,34 @@ def _not_too_long(state: State, body: bytes) -> bytes:
             if num_ids := msgspec.json.decode(body, type=RawPrompt).num_ids():
                 state.check_len(num_ids, "prompt")
     return body
+
+
+@contextlib.asynccontextmanager
+async def in_time(request: Request, arrival: Arrival) -> AsyncIterator[None]:
+    """What a request waits for before its answer begins. Ends it, as a Problem, at the deadline or when its client goes
+    away. The body has been read.
+    """
+    deadline_s = request.app.state.disagg.settings.deadline_s
+    loop = asyncio.get_running_loop()
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        if not limit.expired():
+            limit.reschedule(loop.time())
+
+    try:
+        async with asyncio.timeout_at(arrival.at + deadline_s) as limit:
+            watching = asyncio.create_task(watch())
+            try:
+                yield
+            finally:
+                watching.cancel()
+    except TimeoutError:
+        raise (gone() if is_gone else late(deadline_s)) from None
 
 
 async def read(request: Request, kind: type[_Asked]) -> _Asked:
@@ -111,7 +153,7 @@ def _reply(
     asked: Generate,
     prompts: Sequence[list[int]],
     params: Sequence[SamplingParams],
-    received_at: float,
+    arrival: Arrival,
     *,
     chat: bool,
 ) -> Reply:
@@ -136,9 +178,10 @@ def _reply(
         for prompt, each in zip(prompts, params, strict=True)
         for choice in range(n)
     ]
-    left_s = received_at + state.settings.deadline_s - WallClock().now()
-    exchange = request.scope["disagg.exchange"] = state.front.open(asks, received_at, left_s)
-    return Reply(state, exchange, form, bool(asked.stream), asyncio.get_running_loop().time() + left_s)
+    until = arrival.at + state.settings.deadline_s
+    left_s = until - asyncio.get_running_loop().time()
+    exchange = request.scope["disagg.exchange"] = state.front.open(asks, arrival.received_at, left_s)
+    return Reply(state, exchange, form, bool(asked.stream), until)
 
 
 def for_choice(params: SamplingParams, choice: int) -> SamplingParams:

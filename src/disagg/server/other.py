@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from disagg.server.asked import RawDetokenizeRequest, TokenizeRequest
-from disagg.server.generating import read
+from disagg.server.generating import Arrival, in_time, read
 from disagg.server.metrics import CONTENT_TYPE
 from disagg.server.problems import Problem, answer
 from disagg.server.state import State
@@ -27,24 +27,27 @@ async def model(request: Request) -> Response:
 
 async def tokenize(request: Request) -> Response:
     """POST /tokenize."""
-    state = _state(request)
+    arrival, state = Arrival.now(), _state(request)
     asked = await read(request, TokenizeRequest)
     state.check_model(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise Problem(400, "Give either prompt or messages.", param="prompt")
-    if asked.prompt is not None:
-        tokens = await state.texts.encode(asked.prompt)
-    else:
-        tokens = await state.texts.encode_chat(asked.messages or [])
+    async with in_time(request, arrival):
+        if asked.prompt is not None:
+            tokens = await state.texts.encode(asked.prompt)
+        else:
+            tokens = await state.texts.encode_chat(asked.messages or [])
     return answer({"count": tokens.num, "max_model_len": state.most_tokens(), "tokens": msgspec.Raw(tokens.json)})
 
 
 async def detokenize(request: Request) -> Response:
     """POST /detokenize."""
-    state = _state(request)
+    arrival, state = Arrival.now(), _state(request)
     asked = await read(request, RawDetokenizeRequest)
     state.check_model(asked.model)
-    return answer({"prompt": msgspec.Raw(await state.texts.decode(bytes(asked.tokens)))})
+    async with in_time(request, arrival):
+        text = await state.texts.decode(bytes(asked.tokens))
+    return answer({"prompt": msgspec.Raw(text)})
 
 
 async def health(request: Request) -> Response:

@@ -77,3 +77,8 @@ def unavailable(reason: str) -> Problem:
 def gone() -> Problem:
     """The client went away. Nobody reads this answer; the log shows the status that proxies use for it."""
     return Problem(499, "The client closed the connection.")
+
+
+def late(deadline_s: float) -> Problem:
+    """It was not done by its deadline."""
+    return Problem(504, f"Not finished within {deadline_s:g} s.", code="deadline")

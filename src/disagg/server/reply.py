@@ -18,7 +18,7 @@ from disagg.server.answers import Events, Form, Whole, failure
 from disagg.server.asked import FIELDS
 from disagg.server.front import Exchange, Piece
 from disagg.server.http import HTTP, Http
-from disagg.server.problems import Problem, answer, gone, problem_of
+from disagg.server.problems import Problem, answer, gone, late, problem_of
 from disagg.server.state import State
 
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
@@ -51,8 +51,10 @@ class Reply:
                 self.exchange.on_failure = partial(_hasten, limit)
                 if self.stream:
                     first = await self._news(records)
+                    events = Events(self.form, self.exchange.request_ids[0], self.state.names)
+                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
                     started = True
-                    await self._stream(first, records, scope.get(HTTP), send)
+                    await self._stream(events, first, records, scope.get(HTTP), send)
                 else:
                     whole = await self._whole(records)
             problem = None
@@ -87,7 +89,7 @@ class Reply:
             watch.cancel()
 
     def _late(self) -> Problem:
-        return Problem(504, f"Not finished within {self.state.settings.deadline_s:g} s.", code="deadline")
+        return late(self.state.settings.deadline_s)
 
     async def _watch(self, receive: Receive) -> None:
         """End the exchange when the client goes away."""
@@ -114,13 +116,14 @@ class Reply:
                 whole.add(piece)
         return whole.body(self.exchange.request_ids[0])
 
-    async def _stream(self, news: list[Piece], records: list[Record], http: Http | None, send: Send) -> None:
+    async def _stream(
+        self, events: Events, news: list[Piece], records: list[Record], http: Http | None, send: Send
+    ) -> None:
         """One event per token; tokens that came while the loop was busy or the client was not reading share a write.
 
         News that end no choice go straight to the connection when all before them have gone: waking this task for
         every token would cost more than the token.
         """
-        events = Events(self.form, self.exchange.request_ids[0], self.state.names)
 
         def shortcut(news: list[Piece]) -> bool:
             if http is None or not http.ready or any(piece.record is not None for piece in news):
@@ -128,7 +131,6 @@ class Reply:
             http.chunk(events.events(news))
             return True
 
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
         self.exchange.shortcut = shortcut
         while True:
             body = events.events(news)

@@ -52,12 +52,12 @@ class State:
     @cached_property
     def texts(self) -> Texts:
         """Texts to token ids and back. Raises Problem 503 while there is no model to ask."""
-        return Texts(self.info())
+        return Texts(self.front.cluster().info)
 
     @cached_property
     def names(self) -> TokenNames:
-        """Texts of single tokens."""
-        return TokenNames(self.info().tokenizer)
+        """Texts of single tokens. Not through `info`: requests under way need it while the server stops."""
+        return TokenNames(self.front.cluster().info.tokenizer)
 
     def most_tokens(self) -> int:
         """How long prompt and output may be together, in tokens, for any request."""

@@ -1,0 +1,94 @@
+"""What clients and models may cost a server in time and memory: a real process with narrow limits."""
+
+import json
+import os
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import httpx
+import pytest
+from leftovers import nothing_left
+from serving import events, post, serving, settled
+
+from disagg.testing import tiny_checkpoint
+
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="tests of servers need two cores")
+
+LONG = "a" * 3000  # becomes tokens in the process for long texts
+DEPLOY = ("--deploy", "1C", "--budget", "cpu:1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind(tmp_path_factory):
+    """All servers of this file leave no process, folder or shared memory."""
+    tmp_path_factory.getbasetemp()  # pytest's own folder, made before another place for such is set
+    with nothing_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(nothing_left_behind, tmp_path_factory):
+    """A server on a model of bytes that takes one request at a time and gives it two seconds."""
+    model = str(tiny_checkpoint("llama", tmp_path_factory.mktemp("models") / "tiny"))
+    limits = ("--deadline", "2", "--max-requests", "1")
+    with serving(tmp_path_factory.mktemp("server"), "--model", model, *DEPLOY, *limits) as server:
+        yield server
+        assert server.stop() == 0
+
+
+@pytest.fixture
+def stopped(server):
+    """The process for long texts, as on a machine that has no time for it."""
+    httpx.post(f"{server.url}/tokenize", json={"prompt": LONG}, timeout=20).raise_for_status()
+    (pid,) = [pid for pid, command in server.children().items() if "text_process" in command]
+    os.kill(pid, signal.SIGSTOP)
+    yield pid
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": LONG}),
+        ("/detokenize", {"tokens": [1] * 3000}),
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+    ],
+)
+def test_a_deadline_holds_before_there_are_tokens(server, stopped, path, body):
+    """Who waits for a text to become tokens waits no longer than for anything else, and the next is served."""
+    answer = httpx.post(f"{server.url}{path}", json=body, timeout=20)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+    assert 2 <= answer.elapsed.total_seconds() < 4
+    assert httpx.post(f"{server.url}/tokenize", json={"prompt": LONG}, timeout=20).json()["count"] == len(LONG)
+
+
+def test_a_client_that_leaves_before_there_are_tokens_frees_its_slot(server, stopped):
+    """At once, not at the deadline: the only slot is free for the next, who is served by a new process."""
+    known = len(server.requests("/v1/completions"))
+    with socket.create_connection(server.address) as connection:
+        connection.sendall(post("/v1/completions", json.dumps({"prompt": LONG}).encode()))
+        settled(lambda: httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}).status_code == 429)
+    settled(lambda: len(server.requests("/v1/completions")) > known, 1.5)
+    assert server.requests("/v1/completions")[-1]["status"] == 499
+    assert httpx.post(f"{server.url}/tokenize", json={"prompt": LONG}, timeout=20).json()["count"] == len(LONG)
+
+
+def test_sigterm_before_the_first_token_of_the_first_stream(tmp_path):
+    """It is answered as any that was accepted before: with all its tokens, and the exit code is 0."""
+    with serving(tmp_path, "--model", "seed", *DEPLOY) as server:
+        body = {"prompt": [1] * 1000, "max_tokens": 3, "ignore_eos": True, "stream": True}
+        with httpx.Client(timeout=60) as http, ThreadPoolExecutor(1) as pool:
+            request = http.build_request("POST", f"{server.url}/v1/completions", json=body)
+            answered = pool.submit(http.send, request, stream=True)
+            settled(lambda: server.metric("disagg_requests_outstanding") == 1)
+            server.process.send_signal(signal.SIGTERM)
+            settled(lambda: server.get("/health").status_code == 503)
+            assert not answered.done(), "no token has come yet"
+            answer = answered.result()
+            assert answer.status_code == 200
+            assert [*events(answer.iter_lines())][-1]["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(10) == 0
