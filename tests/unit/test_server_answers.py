@@ -4,7 +4,6 @@ import json
 import time
 from types import SimpleNamespace
 
-import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -16,7 +15,7 @@ from disagg.errors import RequestError
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
-from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, RawPrompt, decode
+from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, decode
 from disagg.server.front import Piece
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
@@ -186,16 +185,6 @@ def test_what_cannot_be_decoded_names_its_field(kind, body, param):
     assert time.process_time() - started < 0.3
     assert (caught.value.status, caught.value.param) == (400, param)
     assert len(caught.value.message) < 400
-
-
-@pytest.mark.parametrize(
-    ("prompt", "count"),
-    [("[1, 2,3]", 3), ("[]", 1), ('"[1, 2]"', 0), ('["a, b", "c"]', 0), ("[[1, 2], [3]]", 0), ("null", 0)],
-)
-def test_token_ids_are_counted_before_they_are_decoded(prompt, count):
-    """Only of a single prompt of ids; of anything else decoding tells."""
-    body = f'{{"prompt": {prompt}, "n": 2, "stop": ["[", ","]}}'.encode()
-    assert msgspec.json.decode(body, type=RawPrompt).num_ids() == count
 
 
 def client_of(workers, stopping="", progress="loading"):

@@ -1,12 +1,20 @@
 """What a request may cost before it comes to the deployment: every list is short, and checked once."""
 
+import threading
+from types import SimpleNamespace
+
 import msgspec
 import pytest
+from starlette.testclient import TestClient
 
 from disagg.request import SamplingParams
-from disagg.server.asked import MOST_STOP_TOKENS, CompletionRequest, decode
+from disagg.server.app import create_app
+from disagg.server.asked import MOST_STOP_TOKENS, ChatRequest, CompletionRequest, RawPrompt, decode
 from disagg.server.generating import for_choice
+from disagg.server.guards import Keys
+from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
+from disagg.server.state import Settings, State
 
 
 def test_stop_tokens_are_few():
@@ -25,3 +33,79 @@ def test_parameters_are_checked_once_however_many_choices():
     msgspec.structs.force_setattr(params, "temperature", -1.0)  # what a check would refuse
     choices = [for_choice(params, place) for place in range(3)]
     assert [(choice.seed, choice.temperature) for choice in choices] == [((1 << 63) - 1, -1.0), (0, -1.0), (1, -1.0)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lists", "longest"),
+    [("[1, 2,3]", 1, 3), ("[]", 1, 1), ("[[1, 2], [3]]", 2, 2), ('"[1, 2]"', 0, 0), ('["a, b"]', 0, 0), ("null", 0, 0)],
+)
+def test_token_ids_are_counted_before_they_are_decoded(prompt, lists, longest):
+    """Only where they are nothing but ids; of anything else decoding tells."""
+    raw = msgspec.json.decode(f'{{"prompt": {prompt}, "n": 2, "stop": ["[", ","]}}'.encode(), type=RawPrompt)
+    assert raw.num_lists() == lists
+    assert not lists or raw.longest() == longest
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "field", "param"),
+    [
+        (CompletionRequest, '{"prompt": "a", "stop": [%s]}', '"a"', "stop"),
+        (CompletionRequest, '{"prompt": "a", "stop_token_ids": [%s]}', "1", "stop_token_ids"),
+        (CompletionRequest, '{"prompt": "a", "tools": [%s]}', "[]", "tools"),
+        (ChatRequest, '{"messages": [], "logit_bias": [%s]}', "{}", "logit_bias"),
+    ],
+)
+def test_a_field_of_megabytes_is_refused_by_its_length(kind, body, field, param):
+    """No object is made of it."""
+    with pytest.raises(Problem) as caught:
+        decode(kind, (body % ",".join([field] * 300_000)).encode())
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def served(info):
+    cluster = SimpleNamespace(info=info, engine=SimpleNamespace(max_len=99, page_size=1), num_pages=99)
+    front = SimpleNamespace(cluster=lambda: cluster, workers=[], note=lambda records: None)
+    return TestClient(create_app(State(Settings(model="m"), front, Metrics(lambda: None)), Keys([]), frozenset()))
+
+
+class Slow:
+    """A tokenizer that works in a thread, and notes on which."""
+
+    def __init__(self):
+        self.threads = []
+
+    def portable(self):
+        return None
+
+    def encode(self, text):
+        self.threads.append(threading.current_thread().name)
+        return [1] * len(text)
+
+
+def test_texts_are_short_together_or_not_at_all():
+    """Many short ones cost as much as a long one, so none of them becomes tokens on the event loop."""
+    slow = Slow()
+    client = served(SimpleNamespace(tokenizer=slow, spec=SimpleNamespace(vocab_size=256)))
+    answer = client.post("/v1/completions", json={"prompt": ["a" * 80] * 50 + ["a" * 100]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert len(slow.threads) == 51
+    assert all(name.startswith("texts") for name in slow.threads)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/completions", {"prompt": [[1]] * 65}, "64"),
+        ("/v1/completions", {"prompt": [[1]] * 65 + [[1] * 300]}, "64"),
+        ("/v1/completions", {"prompt": [[1], [1] * 300]}, "300 tokens"),
+        ("/v1/completions", {"prompt": [1] * 1_000_000}, "1000000 tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 2049}, "2048"),
+        ("/tokenize", {"messages": [{"role": "user", "content": ""}] * 2049}, "2048"),
+    ],
+)
+def test_more_than_a_request_may_hold(path, body, words):
+    """Each is a 400 that says how many there may be, or are."""
+    answer = served(SimpleNamespace(tokenizer=Slow(), spec=SimpleNamespace(vocab_size=256))).post(path, json=body)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == ("prompt" if "prompt" in body else "messages")

@@ -5,7 +5,11 @@ support may be there with a value that asks for nothing (`null`, an empty list, 
 """
 
 import difflib
+import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -17,6 +21,10 @@ from disagg.server.problems import Problem
 _LONGEST_NAME = 100  # of a field or value that an answer repeats
 MOST_STOPS = 16  # every token is compared with every stop string
 MOST_STOP_TOKENS = 256
+MOST_MESSAGES = 2048
+
+_LARGE = 1 << 16  # bytes of JSON that are decoded without a second look
+_MAY_BE_LONG = ("prompt", "messages", "tokens")
 
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seed", "min_tokens", "ignore_eos")  # fmt: skip
@@ -124,11 +132,15 @@ class RawPrompt(msgspec.Struct):
 
     prompt: msgspec.Raw
 
-    def num_ids(self) -> int:
-        """How many token ids it is if it is a list of nothing else; 0 otherwise."""
+    def num_lists(self) -> int:
+        """How many lists of ids there are; 0 where there is a text."""
         json = bytes(self.prompt)
-        is_flat = json.startswith(b"[") and json.count(b"[") == 1 and b'"' not in json
-        return json.count(b",") + 1 if is_flat else 0
+        return max(1, json.count(b"[") - 1) if json.startswith(b"[") and b'"' not in json else 0
+
+    def longest(self) -> int:
+        """How many ids the longest of these lists has."""
+        lists = bytes(self.prompt).split(b"]")
+        return max(each.rpartition(b"[")[2].count(b",") + 1 for each in lists if b"[" in each)
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -217,7 +229,11 @@ _Asked = TypeVar("_Asked", bound=msgspec.Struct)
 def decode(kind: type[_Asked], body: bytes) -> _Asked:
     """The request in `body`. Raises Problem 400, with `param` where one field is at fault."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        if len(body) <= _LARGE:
+            return msgspec.json.decode(body, type=kind)
+        _check_sizes(kind, body)
+        with _no_collection():
+            return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         message = str(error)
         if len(message) > 8 * _LONGEST_NAME:  # it repeats megabytes of the request; where they are stands at the end
@@ -230,12 +246,38 @@ def decode(kind: type[_Asked], body: bytes) -> _Asked:
     return decode(kind, _without_nothing(body))
 
 
+def _check_sizes(kind: type[msgspec.Struct], body: bytes) -> None:
+    """Raise Problem when a field that is never long is: making a million objects of it would hold up every stream."""
+    fields = msgspec.json.decode(body, type=_undecoded(kind))
+    for name in kind.__struct_fields__:
+        if name not in _MAY_BE_LONG and memoryview(getattr(fields, name)).nbytes > _LARGE:
+            raise Problem(400, f"{name} is longer than {_LARGE} bytes.", param=name)
+
+
+@lru_cache
+def _undecoded(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    return msgspec.defstruct("Undecoded", [(name, msgspec.Raw, msgspec.Raw()) for name in kind.__struct_fields__])
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage, which would go through all objects again and again while many are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _without_nothing(body: bytes) -> bytes:
     """The request without the fields we do not support. Raises Problem if one of them asks for something."""
     try:
         whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         for name in _NOTHING.keys() & whole.keys():
-            value = msgspec.json.decode(whole.pop(name))
+            json = bytes(whole.pop(name))
+            value = msgspec.json.decode(json) if len(json) < _LONGEST_NAME else ...
             if not any(value == nothing and type(value) is type(nothing) for nothing in _NOTHING[name]):
                 raise Problem(400, f"{name} is not supported by this server: leave it out.", param=name)
         return msgspec.json.encode(whole)

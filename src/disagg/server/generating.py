@@ -47,7 +47,8 @@ async def completions(request: Request) -> Reply:
     max_tokens = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
     params = [asked.sampling(max_tokens, asked.logprobs)] * len(prompts)
     async with in_time(request, arrival):
-        encoded = [await _ids(state, one) for one in prompts]
+        num_chars = sum(len(one) for one in prompts if isinstance(one, str))
+        encoded = [await _ids(state, one, num_chars) for one in prompts]
     return _reply(request, asked, encoded, params, arrival, chat=False)
 
 
@@ -68,10 +69,13 @@ async def chat_completions(request: Request) -> Reply:
     return _reply(request, asked, [prompt], [params], arrival, chat=True)
 
 
-async def _ids(state: State, prompt: str | list[int]) -> list[int]:
-    """Token ids of a prompt. Raises Problem or RequestError when it is not one for this model."""
+async def _ids(state: State, prompt: str | list[int], num_chars: int) -> list[int]:
+    """Token ids of a prompt. Raises Problem or RequestError when it is not one for this model.
+
+    num_chars: of all texts of its request.
+    """
     if isinstance(prompt, str):
-        tokens = await state.texts.encode(prompt)
+        tokens = await state.texts.encode(prompt, num_chars)
         state.check_len(tokens.num, "prompt")
         return tokens.ids()
     state.check_len(len(prompt), "prompt")
@@ -80,11 +84,13 @@ async def _ids(state: State, prompt: str | list[int]) -> list[int]:
 
 
 def _not_too_long(state: State, body: bytes) -> bytes:
-    """Raise Problem when the prompt is more token ids than fit, before half a million integers are made of them."""
+    """Raise Problem when prompts are more or longer lists of token ids than fit, before a million integers are made."""
     if len(body) > 2 * state.most_tokens():  # an id and its comma
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # to be told when decoded
-            if num_ids := msgspec.json.decode(body, type=RawPrompt).num_ids():
-                state.check_len(num_ids, "prompt")
+            prompts = msgspec.json.decode(body, type=RawPrompt)
+            if num_lists := prompts.num_lists():
+                _check_choices(state, None, num_lists)
+                state.check_len(prompts.longest(), "prompt")
     return body
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from disagg.errors import RequestError
 from disagg.model.load import Info
-from disagg.server.asked import Message
+from disagg.server.asked import MOST_MESSAGES, Message
 from disagg.server.text_process import Done, Job, TextProcess, read_ids
 
 SHORT_LEN = 2_000  # characters; encoding more would hold up the event loop for over a millisecond
@@ -45,9 +45,9 @@ class Texts:
         if self._process is not None:
             await self._process.start()
 
-    async def encode(self, text: str) -> Tokens:
-        """Token ids of a plain text. Raises RequestError."""
-        if len(text) <= SHORT_LEN:
+    async def encode(self, text: str, num_chars: int = 0) -> Tokens:
+        """Token ids of a plain text. `num_chars`: of all texts of its request. Raises RequestError."""
+        if max(len(text), num_chars) <= SHORT_LEN:
             return _tokens(self._tokenizer.encode(text))
         if self._process is None:
             return _tokens(await self._in_thread(self._tokenizer.encode, text))
@@ -57,6 +57,8 @@ class Texts:
         """Token ids of a conversation. Raises RequestError."""
         if not messages:
             raise RequestError("messages must not be empty.")
+        if len(messages) > MOST_MESSAGES:
+            raise RequestError(f"messages has {len(messages)} entries: give at most {MOST_MESSAGES}.")
         plain = [message.plain() for message in messages]
         if sum(len(message["content"]) + _MESSAGE_LEN for message in plain) <= SHORT_LEN:
             return _tokens(self._tokenizer.chat(plain))
