@@ -112,3 +112,25 @@ def test_limits_that_say_nothing_are_refused(text, says):
     """No limit at all, one that nothing can meet, or two of a kind: the sentence says which."""
     with pytest.raises(InputError, match=says):
         SLO.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("deploy", "budget", "restart", "expected"),
+    [
+        ("1P1D", "cpu:2", False, True),
+        ("1P1D", "cpu:4", False, False),  # half of these cores have the other memory nearer
+        ("1P1D", "cpu:4", True, True),
+        ("1C", "cpu:2", False, False),
+        ("1C", "cpu:2", True, True),
+        ("1P1D", "cuda:0,1", True, False),
+    ],
+)
+def test_workers_share_weights_where_that_costs_none_its_speed(tmp_path, deploy, budget, restart, expected):
+    """Forked on cores near the same memory, or when a restart must be quick; never on GPUs."""
+    for core in range(4):
+        (tmp_path / f"node{core // 2}" / f"cpu{core}").mkdir(parents=True)
+    deployment = Deployment.parse(deploy, Budget.parse(budget, (0, 1, 2, 3)))
+
+    assert limits.forked(deployment, restart, nodes=tmp_path) == expected
+    if "cuda" not in budget and len(deployment.workers) > 1:
+        assert limits.forked(deployment, restart, nodes=tmp_path / "not told")

@@ -93,7 +93,6 @@ class Cluster:
             self._open.callback(remove_folder, folder)
             self._mailbox = Mailbox(folder, FRONT)
             self._open.callback(self._mailbox.close)
-            forks = supervise and deployment.budget.kind == "cpu"  # a process that has used a GPU cannot be forked
             heartbeat_s = _HEARTBEAT_S if supervise else None
             configs = [
                 WorkerConfig(spec, 0, self.engine, str(folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
@@ -101,7 +100,7 @@ class Cluster:
             ]
             self._supervisor = Supervisor(
                 configs, self._mailbox, self._clock, restart=supervise, silence_s=silence_s,
-                fork_from=Template(self.engine, folder) if forks else None,
+                fork_from=Template(self.engine, folder) if limits.forked(deployment, restart=supervise) else None,
             )  # fmt: skip
             self._open.callback(self._supervisor.close)
             self._supervisor.start(lambda names: progress(f"{deployment.name}: waiting for {', '.join(sorted(names))}"))

@@ -1,6 +1,7 @@
 """What a deployment can hold, decided once, and which requests could never be served by it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -32,6 +33,19 @@ def check_devices(budget: Budget) -> None:
     if (most := max(budget.devices)) >= num_gpus:
         there = f"this process sees {num_gpus}" + (f": use 0 to {num_gpus - 1}" if num_gpus else "")
         raise BudgetError(f"Budget {budget} names GPU {most} and {there}.")
+
+
+def forked(deployment: Deployment, restart: bool, nodes: Path = Path("/sys/devices/system/node")) -> bool:
+    """Whether workers are forked from one process that has loaded the model, instead of loading it each.
+
+    They start sooner and share the memory of its weights. Not on GPUs, for a process that has used one cannot be
+    forked, nor a single worker, unless it is to `restart`. Nor over several `nodes` of memory, unless likewise: those
+    far from the weights would be slower than the others.
+    """
+    if restart or deployment.budget.kind != "cpu":
+        return deployment.budget.kind == "cpu"
+    homes = {home.parent for core in deployment.budget.devices for home in nodes.glob(f"node*/cpu{core}")}
+    return len(deployment.workers) > 1 and len(homes) <= 1
 
 
 def kv_dtype(engine: EngineSpec, kind: DeviceKind) -> str:

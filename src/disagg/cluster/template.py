@@ -1,8 +1,8 @@
 """A process that has loaded everything a worker needs and forks one whenever a line asks for it.
 
 Importing torch and loading a model takes seconds; a fork of a process that has done both takes a few hundredths. So a
-supervised deployment loads once, its workers share the weights' memory, and a dead worker is back almost at once. On
-cores only: a process that has used a GPU cannot be forked.
+deployment on cores loads once, its workers share the weights' memory, and a dead worker is back almost at once. Which
+deployments: `limits.forked`.
 
 Started as `python -m disagg.cluster.template ALIVE_FD FOLDER`. Standard input: one line with an EngineSpec, then a line
 with a WorkerConfig for every worker to start. Standard output: a line for each News. ALIVE_FD closes when the front end
