@@ -38,9 +38,8 @@ check: $(VENV)/.installed ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(VENV)/.installed $(VENV)/.model ## all tests: two at a time, then one by one those that need the machine
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/system
-	$(BIN)/python -m pytest tests/system
+test: $(VENV)/.installed $(VENV)/.model ## all tests, two files at a time, the short ones last
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed $(VENV)/.model ## our own speed on cores: tables, then one JSON line each
 	for script in bench/[!g]*.py; do $(BIN)/python $$script || exit 1; done

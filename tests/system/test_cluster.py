@@ -37,7 +37,7 @@ def nothing_left_behind(nothing_left_by_all):
 
 
 @pytest.fixture(scope="module")
-def alone(nothing_left_by_all):
+def single(nothing_left_by_all):
     """One colocated worker with room for everything, for all tests that only ask."""
     with LLM("seed", deploy="1C", budget="cpu:1") as llm:
         yield llm
@@ -70,9 +70,9 @@ def assert_idle(cluster):
 
 
 @pytest.fixture(scope="module")
-def reference(alone):
+def reference(single):
     """Greedy tokens of one colocated worker with room for everything."""
-    return [done.token_ids for done in alone.generate(PROMPTS, GREEDY)]
+    return [done.token_ids for done in single.generate(PROMPTS, GREEDY)]
 
 
 @two_cores
@@ -82,7 +82,7 @@ def reference(alone):
         ("2C", {}),
         ("1P1D", {}),
         ("1P1D", {"prefix_caching": True, "max_batch_tokens": 48}),
-        ("1P1D", {"kv_bytes": 2 * 14 * 393_216, "max_batch_tokens": 32}),
+        pytest.param("1P1D", {"kv_bytes": 2 * 14 * 393_216, "max_batch_tokens": 32}, marks=pytest.mark.alone),
         ("2P2D", {"chunked_prefill": False}),
         ("1C", {"kv_bytes": 14 * 393_216, "max_batch_tokens": 32}),
     ],
@@ -123,10 +123,11 @@ def timed(cluster, prompt):
 
 
 @two_cores
-@pytest.mark.parametrize("deployment", ["alone", "pair"])
-def test_parts_of_ttft_and_e2e_sum_to_what_the_caller_measured(deployment, request):
+@pytest.mark.alone
+@pytest.mark.parametrize("deployment", ["single", "pair"])
+def test_parts_of_ttft_and_e2e_sum_to_what_the_caller_measured(deployment, single, pair):
     """Within 1 ms by a clock outside; a busy machine may come between the two clocks now and then, not usually."""
-    cluster = request.getfixturevalue(deployment).cluster
+    cluster = {"single": single, "pair": pair}[deployment].cluster
     measured = [timed(cluster, prompt) for prompt in PROMPTS * 2]
 
     first = sorted(ttft_s - sum(record.ttft_parts().values()) for ttft_s, _, record in measured)
@@ -174,11 +175,11 @@ def test_a_request_that_ends_with_its_first_token_hands_nothing_over(pair):
 
 
 @two_cores
-def test_a_seed_gives_the_same_tokens_everywhere(alone, pair):
+def test_a_seed_gives_the_same_tokens_everywhere(single, pair):
     """Sampling depends on seed and prompt, not on batch, worker or hand-off."""
     params = [SamplingParams(temperature=1.0, top_p=0.9, seed=7 + i, max_tokens=12) for i in range(len(PROMPTS))]
     seen = []
-    for llm in (alone, pair):
+    for llm in (single, pair):
         seen.append([done.token_ids for done in llm.generate(PROMPTS, params)])
         by_itself = llm.generate(PROMPTS[3:4], params[3])[0].token_ids
 

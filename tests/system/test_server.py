@@ -277,6 +277,7 @@ def test_both_routings_give_the_same_tokens(server):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.alone
 def test_parts_sum_to_what_a_client_measures(server, client):
     """By the client's own clock, over HTTP: the parts are 1 ms off at most, and what HTTP itself usually takes."""
     client.completions.create(prompt=PROMPT, extra_body=EXTRA, **GREEDY)

@@ -122,6 +122,7 @@ def test_too_much_at_once_is_a_429_with_retry_after(server):
     settled(lambda: all(worker["held"] == 0 for worker in server.audit(**KEY)))
 
 
+@pytest.mark.alone
 def test_a_client_that_goes_away_frees_its_pages_at_once(server):
     """Within 100 ms of the close no worker holds a page for it: in the best of some tries, as this machine is busy."""
 
