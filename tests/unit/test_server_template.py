@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from disagg.model.tokenizer import HuggingFaceTokenizer
+from disagg.server import texts
 from disagg.server.app import create_app
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
@@ -24,13 +25,14 @@ ESCAPES = (
     "{% set _ = messages.append({'role': 'user'}) %}",
     "{% include '/etc/passwd' %}",
     "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{{ 'a' * 10**9 }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
 )
 
 
-@pytest.mark.parametrize("length", [1, 3000])
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_template_cannot_escape(template, length, tmp_path, caplog):
-    """Whatever it tries is refused with a 400, and nothing of this process is in the answer; short or long."""
+def test_a_template_cannot_escape(template, tmp_path, caplog, monkeypatch):
+    """Whatever it tries is refused with a 400, and nothing of this process is in the answer; nor does it take long."""
     file = tmp_path / "escaped"
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(letters)}, merges=[]))
@@ -40,12 +42,15 @@ def test_a_template_cannot_escape(template, length, tmp_path, caplog):
     info = SimpleNamespace(tokenizer=tokenizer, spec=SimpleNamespace(vocab_size=256))
     cluster = SimpleNamespace(info=info, engine=SimpleNamespace(max_len=99, page_size=1), num_pages=99)
     front = SimpleNamespace(cluster=lambda: cluster, workers=[], note=lambda records: None)
-    client = TestClient(create_app(State(Settings(model="m"), front, Metrics(lambda: None)), Keys([]), frozenset()))
-    body = {"messages": [{"role": "user", "content": "a" * length}]}
-    with caplog.at_level(logging.INFO):
+    state = State(Settings(model="m"), front, Metrics(lambda: None))
+    client = TestClient(create_app(state, Keys([]), frozenset()))
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    monkeypatch.setattr(texts, "CHAT_S", 2.0)
+    with client, caplog.at_level(logging.INFO):
         answer = client.post("/v1/chat/completions", json=body)
+        client.portal.call(state.close)
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
-    assert "template refuses" in message or "tokens and this server" in message
+    assert "template refuses" in message or "tokens and this server" in message or "took longer" in message
     assert not file.exists()
     assert "builtins" not in message + caplog.text

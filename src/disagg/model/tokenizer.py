@@ -3,6 +3,7 @@
 Importing this file is cheap; transformers is imported when a tokenizer is made.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from disagg.errors import ModelError, RequestError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a folder without any of them has no tokenizer
 
+_SAID = 200  # characters of what a chat template says when it fails
 _MOST_TEXTS = 1 << 18  # texts of single tokens that are kept
 
 
@@ -38,8 +40,12 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text whose ids `chat` gives, all special tokens already in it. Raises RequestError, as `chat`."""
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of a conversation's text, as `render` makes it."""
+        ...
+
+    def template(self) -> str:
+        """JSON from which `render` makes the text whose ids `chat` gives. Raises RequestError when there is none."""
         ...
 
     def portable(self) -> str | None:
@@ -67,7 +73,11 @@ class NoTokenizer:
         """Raise RequestError, as `encode`."""
         return self.encode("")
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def encode_chat(self, text: str) -> list[int]:
+        """Raise RequestError, as `encode`."""
+        return self.encode(text)
+
+    def template(self) -> str:
         """Raise RequestError, as `encode`."""
         return str(self.encode(""))
 
@@ -100,20 +110,40 @@ class HuggingFaceTokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer."""
-        return list(self._tokenizer.encode(self.chat_text(messages), add_special_tokens=False))
+        return self.encode_chat(render(self.template(), messages))
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def portable(self) -> str | None:
         """See Tokenizer."""
         return None if self._backend is None else str(self._backend.to_str())
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def template(self) -> str:
         """See Tokenizer."""
         if not self._tokenizer.chat_template:
             raise RequestError("This model has no chat template: use plain completions.")
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # a template is a program: it can fail of anything
-            raise RequestError(f"The model's chat template refuses these messages: {error}.") from error
+            chosen = self._tokenizer.get_chat_template()
+        except ValueError as error:
+            raise RequestError(f"The model's chat template cannot be used: {str(error)[:_SAID]}.") from error
+        return json.dumps({"chat_template": chosen, **self._tokenizer.special_tokens_map}, default=str)
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a conversation up to where the assistant's answer begins, all special tokens already in it.
+
+    `template` is what Tokenizer.template gave: a program of strangers, in the transformers library's sandbox. Raises
+    RequestError when it refuses the messages.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        asked: Any = {"conversations": [list(messages)], **json.loads(template)}
+        return str(render_jinja_template(**asked, add_generation_prompt=True)[0][0])
+    except Exception as error:  # a template is a program: it can fail of anything
+        raise RequestError(f"The model's chat template refuses these messages: {str(error)[:_SAID]}.") from error
 
 
 class Detokenizer:

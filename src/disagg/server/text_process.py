@@ -7,16 +7,18 @@ million Python integers either.
     server ──length, msgpack of a Job──▶ standard input     standard output ──length, msgpack of a Done──▶ server
 
 The process imports nothing but the tokenizer's library, works at low priority, beside decoding, and ends with its
-standard input, that is with the server.
+standard input, that is with the server. chat_process.py is another of the kind.
 """
 
 import asyncio
 import contextlib
 import os
+import resource
 import struct
 import sys
-from collections.abc import Sequence
-from typing import Any, BinaryIO, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 
@@ -25,12 +27,18 @@ from disagg.errors import DisaggError, RequestError
 _LENGTH = struct.Struct("<I")
 _NICENESS = 10
 _PIPE_LEN = 1 << 20  # bytes that are read ahead
+_MOST_MEMORY = 4 << 30  # bytes of addresses of the process
+
+_Loaded = TypeVar("_Loaded")
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
-    """What to do: a plain text or that of a conversation to ids, or JSON of ids to text."""
+    """What to do: a plain text or that of a conversation to ids, JSON of ids to text, JSON of messages to text.
 
-    kind: Literal["load", "encode", "chat", "decode"]
+    The first gives the tokenizer, or the chat template, that the others are done with.
+    """
+
+    kind: Literal["load", "encode", "chat", "decode", "render"]
     text: str
 
 
@@ -43,11 +51,17 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TextProcess:
-    """The server's side. `tokenizer`: what `Tokenizer.portable` returns. One job at a time, in order."""
+    """The server's side. `command`: a module and its arguments. `load`: what it loads. One job at a time, in order.
 
-    def __init__(self, tokenizer: str, vocab_size: int) -> None:
-        self._load = Job("load", tokenizer)
-        self._vocab_size = vocab_size
+    Each is given `limit_s` seconds, then the process is killed, made anew for the next, and `too_long` is what is wrong
+    with the request.
+    """
+
+    def __init__(self, command: Sequence[str], load: str, limit_s: float | None = None, too_long: str = "") -> None:
+        self._command = command
+        self._load = Job("load", load)
+        self._limit_s = limit_s
+        self._too_long = too_long
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
 
@@ -57,8 +71,12 @@ class TextProcess:
             for _ in range(2):
                 try:
                     await self._start()
-                    done = await self._ask(job)
+                    async with asyncio.timeout(self._limit_s):
+                        done = await self._ask(job)
                     break
+                except TimeoutError:
+                    await self.close()
+                    raise RequestError(self._too_long) from None
                 except (OSError, RuntimeError, asyncio.IncompleteReadError):  # uvloop's pipes raise RuntimeError
                     await self.close()
                 except asyncio.CancelledError:  # its answer would be taken for that of the next job
@@ -89,7 +107,7 @@ class TextProcess:
     async def _start(self) -> None:
         if self._process is not None:
             return
-        command = (sys.executable, "-m", "disagg.server.text_process", str(self._vocab_size))
+        command = (sys.executable, "-m", *self._command)
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, limit=_PIPE_LEN, start_new_session=True
@@ -107,31 +125,38 @@ class TextProcess:
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Entry point of the process; its argument is how many token ids there are."""
+    os.nice(_NICENESS)
+    serve(_load, partial(work, vocab_size=int(sys.argv[1])))
+
+
+def serve(load: Callable[[str], _Loaded], do: Callable[[_Loaded, Job], Done]) -> None:
+    """Load what the first job gives, then do one after the other until the server is gone."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    jobs, answers = sys.stdin.buffer, sys.stdout.buffer
+    with contextlib.suppress(BrokenPipeError):
+        loaded: list[_Loaded] = []
+        while job := _next(jobs):
+            if loaded:
+                done = do(loaded[0], job)
+            else:
+                loaded, done = [load(job.text)], Done()
+            body = msgspec.msgpack.encode(done)
+            answers.write(_LENGTH.pack(len(body)) + body)
+            answers.flush()
+
+
+def _load(text: str) -> Any:
     from tokenizers import Tokenizer
 
-    os.nice(_NICENESS)
-    with contextlib.suppress(BrokenPipeError):  # the server is gone
-        _serve(Tokenizer)
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def _serve(library: Any) -> None:
-    vocab_size, jobs, answers = int(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer
-    tokenizer: Any = None
-    while job := _next(jobs):
-        if job.kind == "load":
-            tokenizer, done = library.from_str(job.text), Done()
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        else:
-            done = work(tokenizer, vocab_size, job)
-        body = msgspec.msgpack.encode(done)
-        answers.write(_LENGTH.pack(len(body)) + body)
-        answers.flush()
-
-
-def work(tokenizer: Any, vocab_size: int, job: Job) -> Done:
-    """Do one job."""
+def work(tokenizer: Any, job: Job, vocab_size: int) -> Done:
+    """Do one job with a tokenizer."""
     if job.kind != "decode":
         ids = tokenizer.encode(job.text, add_special_tokens=job.kind == "encode").ids
         return Done(msgspec.json.encode(ids), len(ids))

@@ -1,6 +1,7 @@
-"""Text to token ids and back, for handlers: short ones at once, long ones where they hold up nobody."""
+"""Text to token ids and back, for handlers: short texts at once, long ones and chat templates in processes."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,7 @@ from disagg.server.asked import MOST_MESSAGES, Message
 from disagg.server.text_process import Done, Job, TextProcess, read_ids
 
 SHORT_LEN = 2_000  # characters; encoding more would hold up the event loop for over a millisecond
-_MESSAGE_LEN = 50  # what a message of a conversation costs beside its text, in characters
+CHAT_S = 5.0  # that a chat template may take
 
 _Asked = TypeVar("_Asked")
 _Answer = TypeVar("_Answer")
@@ -36,14 +37,21 @@ class Texts:
     def __init__(self, info: Info) -> None:
         self._tokenizer = info.tokenizer
         self._vocab_size = info.spec.vocab_size
-        portable = info.tokenizer.portable()
-        self._process = None if portable is None else TextProcess(portable, self._vocab_size)
-        self._thread = ThreadPoolExecutor(1, "texts")  # for chat templates, and tokenizers that are written in Python
+        self._process: TextProcess | None = None
+        if portable := info.tokenizer.portable():
+            self._process = TextProcess(("disagg.server.text_process", str(self._vocab_size)), portable)
+        self._chats: TextProcess | None = None
+        with contextlib.suppress(RequestError):  # there is no template
+            too_long = f"The model's chat template took longer than {CHAT_S:g} s for these messages."
+            self._chats = TextProcess(("disagg.server.chat_process",), info.tokenizer.template(), CHAT_S, too_long)
+        self._thread = ThreadPoolExecutor(1, "texts")  # for tokenizers that are written in Python
 
     async def start(self) -> None:
-        """Have the process for long texts ready."""
-        if self._process is not None:
-            await self._process.start()
+        """Have the processes ready."""
+        await asyncio.gather(*(process.start() for process in (self._process, self._chats) if process is not None))
+        if self._chats is not None:
+            with contextlib.suppress(RequestError):  # the template is compiled, that is all
+                await self._chats.run(Job("render", "[]"))
 
     async def encode(self, text: str, num_chars: int = 0) -> Tokens:
         """Token ids of a plain text. `num_chars`: of all texts of its request. Raises RequestError."""
@@ -59,12 +67,15 @@ class Texts:
             raise RequestError("messages must not be empty.")
         if len(messages) > MOST_MESSAGES:
             raise RequestError(f"messages has {len(messages)} entries: give at most {MOST_MESSAGES}.")
-        plain = [message.plain() for message in messages]
-        if sum(len(message["content"]) + _MESSAGE_LEN for message in plain) <= SHORT_LEN:
-            return _tokens(self._tokenizer.chat(plain))
+        if self._chats is None:
+            return _tokens(self._tokenizer.chat([]))  # raises
+        plain = msgspec.json.encode([message.plain() for message in messages]).decode()
+        text = msgspec.json.decode((await self._chats.run(Job("render", plain))).json, type=str)
+        if len(text) <= SHORT_LEN:
+            return _tokens(self._tokenizer.encode_chat(text))
         if self._process is None:
-            return _tokens(await self._in_thread(self._tokenizer.chat, plain))
-        return _of(await self._process.run(Job("chat", await self._in_thread(self._tokenizer.chat_text, plain))))
+            return _tokens(await self._in_thread(self._tokenizer.encode_chat, text))
+        return _of(await self._process.run(Job("chat", text)))
 
     async def decode(self, ids: bytes) -> bytes:
         """The text of token ids, both as JSON. Raises RequestError."""
@@ -77,8 +88,9 @@ class Texts:
     async def close(self) -> None:
         """Let go of the process and the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._process is not None:
-            await self._process.close()
+        for process in (self._process, self._chats):
+            if process is not None:
+                await process.close()
 
     def _decode(self, ids: bytes) -> bytes:
         return msgspec.json.encode(self._tokenizer.decode(read_ids(ids, self._vocab_size)))
