@@ -77,6 +77,39 @@ def test_a_client_that_leaves_before_there_are_tokens_frees_its_slot(server, sto
     assert httpx.post(f"{server.url}/tokenize", json={"prompt": LONG}, timeout=20).json()["count"] == len(LONG)
 
 
+def read(connection):
+    answer = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 16):
+            answer += piece
+    return answer
+
+
+@pytest.mark.parametrize("head", [b"GET /" + b"a" * (1 << 20), b"GET / HTTP/1.1\r\nX: " + b"a" * (1 << 20)])
+def test_a_head_of_megabytes_is_refused(server, head):
+    """Before its end, with an error in the usual form, and the connection is closed."""
+    with socket.create_connection(server.address, timeout=10) as connection:
+        connection.sendall(head[: 100 << 10])
+        assert b" 431 " in read(connection).split(b"\r\n")[0]
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * (68 << 10) + b"\r\n\r\n"
+    with socket.create_connection(server.address, timeout=10) as connection:
+        connection.sendall(whole)
+        answer = read(connection)
+    assert b" 431 " in answer.split(b"\r\n")[0]
+    assert "headers" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+def test_a_connection_that_sends_no_request_is_closed(server):
+    """After ten seconds: without a word, or with a 408 where a request had begun."""
+    with (
+        socket.create_connection(server.address, timeout=15) as idle,
+        socket.create_connection(server.address, timeout=15) as slow,
+    ):
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+        assert read(idle) == b""
+        assert b" 408 " in read(slow).split(b"\r\n")[0]
+
+
 def test_sigterm_before_the_first_token_of_the_first_stream(tmp_path):
     """It is answered as any that was accepted before: with all its tokens, and the exit code is 0."""
     with serving(tmp_path, "--model", "seed", *DEPLOY) as server:

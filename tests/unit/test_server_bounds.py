@@ -1,17 +1,24 @@
 """What a request may cost before it comes to the deployment: every list is short, and checked once."""
 
+import asyncio
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import msgspec
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
+from uvicorn.server import ServerState
 
+from disagg.errors import RequestError
+from disagg.model.tokenizer import NoTokenizer
 from disagg.request import SamplingParams
 from disagg.server.app import create_app
 from disagg.server.asked import MOST_STOP_TOKENS, ChatRequest, CompletionRequest, RawPrompt, decode
 from disagg.server.generating import for_choice
 from disagg.server.guards import Keys
+from disagg.server.http import Http
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
@@ -68,14 +75,15 @@ def served(info):
     return TestClient(create_app(State(Settings(model="m"), front, Metrics(lambda: None)), Keys([]), frozenset()))
 
 
-class Slow:
+class Slow(NoTokenizer):
     """A tokenizer that works in a thread, and notes on which."""
 
     def __init__(self):
+        super().__init__("slow")
         self.threads = []
 
-    def portable(self):
-        return None
+    def template(self):
+        raise RequestError("There is none.")
 
     def encode(self, text):
         self.threads.append(threading.current_thread().name)
@@ -109,3 +117,29 @@ def test_more_than_a_request_may_hold(path, body, words):
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == ("prompt" if "prompt" in body else "messages")
+
+
+def test_connections_are_few():
+    """One more than allowed is told so and closed; when one of the others ends there is room again."""
+
+    async def scenario():
+        config = uvicorn.Config(None, log_config=None, ws="none", lifespan="off")
+        state, loop = ServerState(), asyncio.get_running_loop()
+        make = partial(Http, config=config, server_state=state, app_state={}, most=1)
+        async with await loop.create_server(make, "127.0.0.1", 0) as server:
+            address = server.sockets[0].getsockname()
+            _, first = await asyncio.open_connection(*address)
+            reader, second = await asyncio.open_connection(*address)
+            answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b'"overloaded"' in answer
+            first.close()
+            second.close()
+            while state.connections:
+                await asyncio.sleep(0)
+            reader, third = await asyncio.open_connection(*address)
+            third.write(b"nonsense\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            third.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))

@@ -11,7 +11,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -22,7 +24,7 @@ from disagg.record import Record, write_records
 from disagg.server.app import create_app
 from disagg.server.front import Front
 from disagg.server.guards import Keys, log
-from disagg.server.http import Http
+from disagg.server.http import Http, most_connections
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
@@ -85,8 +87,9 @@ async def _serve(
     tracing = traces(settings.model)
     front = Front(make, on_record=on_record, on_end=over.set)
     state = State(settings, front, metrics)
+    http: Any = partial(Http, most=most_connections())
     server = _Server(uvicorn.Config(
-        create_app(state, keys, hosts), http=Http, ws="none", lifespan="off", access_log=False, log_config=None,
+        create_app(state, keys, hosts), http=http, ws="none", lifespan="off", access_log=False, log_config=None,
         proxy_headers=False, server_header=False, timeout_graceful_shutdown=_LAST_WORDS_S,
     ))  # fmt: skip
     signals: list[signal.Signals] = []
