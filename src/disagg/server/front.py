@@ -283,10 +283,12 @@ class Front:
         self.progress = progress
 
     def _turn(self, cluster: Cluster) -> None:
-        for update in cluster.poll(_POLL_S):
+        updates = cluster.poll(_POLL_S)
+        for update in updates:
             self._take(cluster, update)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+        if self._commands or not updates:  # a bell that goes on ringing ends a poll that would have waited: then too
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
         while self._commands:
             self._commands.popleft()(cluster)
         self.workers = cluster.workers()

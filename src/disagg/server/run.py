@@ -5,6 +5,7 @@ SIGTERM: new requests are answered 503, those under way may finish for `drain_s`
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -106,6 +107,7 @@ async def _serve(
         await _first(front.settled, over)
         if front.failure is None and not over.is_set():
             await state.texts.start()
+            keep_loaded()
             on_ready(_url(listener))
             await over.wait()
         if signals == [signal.SIGTERM]:
@@ -121,6 +123,12 @@ async def _serve(
     if front.failure is not None:
         raise front.failure
     return signals[-1:] == [signal.SIGTERM]
+
+
+def keep_loaded() -> None:
+    """Let the garbage collector pass over what has been loaded: each time it looks there, every stream waits."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _drain(state: State, signals: list[signal.Signals]) -> None:
