@@ -84,7 +84,7 @@ def all_free(server) -> bool:
     return all(worker["held"] == 0 and not worker["holders"] for worker in server.audit())
 
 
-def test_completions_equal_the_python_api(client, expected):
+def test_completions_equal_the_python_api(server, client, expected):
     """Greedy text and token ids are those of LLM.generate, from a text and from token ids, whole and streamed."""
     plain = client.completions.create(prompt=PROMPT, extra_body=EXTRA, **GREEDY)
     assert plain.choices[0].text == expected[0].text
@@ -92,11 +92,14 @@ def test_completions_equal_the_python_api(client, expected):
     assert plain.choices[0].finish_reason == "length"
     assert plain.usage.completion_tokens == 40
 
-    ids = list(PROMPT.encode())
-    pieces = list(client.completions.create(prompt=ids, stream=True, extra_body=EXTRA, **GREEDY))
-    assert [token for piece in pieces for token in piece.choices[0].token_ids] != []
+    pieces = list(client.completions.create(prompt=PROMPT, stream=True, extra_body=EXTRA, **GREEDY))
+    assert [token for piece in pieces for token in piece.choices[0].token_ids] == expected[0].token_ids
+    assert "".join(piece.choices[0].text for piece in pieces) == expected[0].text
     assert len(pieces) >= 40
     assert pieces[-1].choices[0].finish_reason == "length"
+
+    ids = httpx.post(f"{server.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    assert client.completions.create(prompt=ids, extra_body=EXTRA, **GREEDY).choices[0].text == expected[0].text
 
 
 def test_chat_equals_the_python_api(client, expected):
