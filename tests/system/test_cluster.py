@@ -91,7 +91,7 @@ def test_every_deployment_gives_the_same_tokens(reference, deploy, options):
     """Colocated, disaggregated, few pages (preemption), shared prefixes: greedy tokens are equal."""
     with LLM("seed", deploy=deploy, budget="cpu:2", **options) as llm:
         outputs = assert_twice(llm, reference)
-    if "kv_bytes" in options:
+    if deploy == "1C" and "kv_bytes" in options:  # with two workers it depends on which is ahead
         assert sum(done.record.num_preemptions for done in outputs) > 0
 
 
