@@ -1,6 +1,7 @@
 """Routing, deadlines and status on real processes: what a Record says is what happened."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from leftovers import nothing_left
 from disagg import SamplingParams
 from disagg.cluster.cluster import Cluster
 from disagg.config import Budget, Deployment, EngineSpec
-from disagg.errors import InputError, RequestError
+from disagg.errors import InputError, RequestError, WorkerLost
 
 CORES = tuple(sorted(os.sched_getaffinity(0)))
 PAGE_BYTES = 393_216
@@ -134,6 +135,28 @@ def test_status_is_what_the_workers_told(cluster):
     (row,) = [row for row in status.rows if row.request_id == record.request_id]
     assert sum(row.parts.values()) == pytest.approx(record.e2e_s)
     assert sum(status.series.tokens) > 0
+
+
+def test_a_request_that_is_to_be_handed_over_is_never_colocated(cluster):
+    """While one worker is left it is refused; one that is under way then waits until there are two again."""
+    cluster.drain("D0")
+    refused = cluster.counters()["refused"]
+    with pytest.raises(WorkerLost, match="two workers"):
+        submit(cluster, routing="disaggregated")
+    assert cluster.counters()["refused"] == refused + 1
+    assert run(cluster, routing="colocated").ok
+    until = time.monotonic() + 20.0
+    while cluster.workers()[1].address == "D0.0" or not cluster.workers()[1].up:
+        assert time.monotonic() < until
+        cluster.poll(0.05)
+    request_id = submit(cluster, max_tokens=300, routing="disaggregated")
+    while not any(update.tokens for update in cluster.poll(0.05)):
+        assert time.monotonic() < until
+    cluster.workers()[1].process.send_signal(signal.SIGKILL)
+    (record,) = finish(cluster, [request_id])
+    assert record.ok
+    assert (record.num_attempts, record.prefill_worker, record.decode_worker) == (2, "P0.0", "D0.2")
+    assert_idle(cluster)
 
 
 def test_what_cannot_be_routed_is_refused():

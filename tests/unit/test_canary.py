@@ -62,6 +62,20 @@ def test_a_canary_that_fails_says_why():
         canary.require(FakeCluster({"P0": "prefill", "D0": "decode"}, error="no room"))
 
 
+def test_a_canary_can_be_given_up():
+    """Whatever is raised at a turn of waiting ends it, also while no worker answers."""
+    cluster = FakeCluster({"P0": "prefill", "D0": "decode"})
+    cluster.poll = lambda timeout_s: []
+    turns = iter(range(3))
+
+    def waiting():
+        if next(turns, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        canary.require(cluster, waiting)
+
+
 def test_workers_that_hand_nothing_over_are_compared_with_one_another():
     """2C: each alone, and the same tokens from both."""
     cluster = FakeCluster({"C0": "both", "C1": "both"}, lambda prefill, _: prefill == "C1")

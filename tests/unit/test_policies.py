@@ -69,7 +69,8 @@ def test_every_policy_is_a_function_that_picks_workers_it_was_shown(policy, ques
     asked, workers = question
     before = [str(view) for view in workers]
     decision = policy(asked, workers)
-    assert {*decision.route} <= {view.name for view in workers}
+    assert decision or (policy is disaggregated and len(workers) == 1)
+    assert not decision or {*decision.route} <= {view.name for view in workers}
     assert policy(asked, workers) == decision
     assert [str(view) for view in workers] == before
 
@@ -155,10 +156,25 @@ def test_conditional_hands_over_until_it_knows_better():
 
 @given(questions())
 def test_a_request_that_asks_to_be_colocated_or_apart_is(question):
-    """One worker does both phases, or two do one each, whatever their roles; a single worker can only do both."""
+    """One worker does both phases, or two do one each, whatever their roles; a single one has no such route."""
     asked, workers = question
     assert len({*colocated(asked, workers).route}) == 1
-    assert len({*disaggregated(asked, workers).route}) == min(2, len(workers))
+    if len(workers) == 1:
+        assert disaggregated(asked, workers) is None
+    else:
+        assert len({*disaggregated(asked, workers).route}) == 2
+
+
+def test_a_request_that_is_to_be_handed_over_is_never_colocated_by_the_router():
+    """A worker that is silent is the second rather than none; where there is none the request is not placed."""
+    router = Router(least_outstanding, known("PD"))
+    router.set_silent("D1", True)
+    assert router.route("r0", 10, 10).route == ("P0", "P0")
+    assert router.route("r1", 10, 10, policy=disaggregated).route == ("P0", "D1")
+    router.remove("D1")
+    assert router.route("r2", 10, 10, policy=disaggregated) is None
+    router.add(WorkerView("D1.1", "decode"))
+    assert router.route("r2", 10, 10, policy=disaggregated).route == ("P0", "D1.1")
 
 
 def test_an_unknown_policy_names_the_nearest():

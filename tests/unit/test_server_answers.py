@@ -15,7 +15,7 @@ from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
 from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, decode
-from disagg.server.front import Piece
+from disagg.server.exchange import Piece
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
 from disagg.server.openapi import make

@@ -13,9 +13,11 @@ from disagg.cluster.cluster import Update, WorkerStatus
 from disagg.errors import Overloaded, WorkerLost
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
-from disagg.server import front as fronts
-from disagg.server.front import Ask, Front
+from disagg.server import exchange as exchanges
+from disagg.server.exchange import Ask
+from disagg.server.front import Front
 from disagg.server.problems import Problem
+from disagg.server.reply import Reply
 
 ASK = Ask([1, 2], SamplingParams(max_tokens=50))
 
@@ -50,13 +52,14 @@ class ManualCluster:
     def workers(self):
         return [WorkerStatus("C0", "C0.0", "both", True, None)]
 
-    def check(self, asked):
+    def submit_all(self, asked, **rest):
         if len(self.submitted) + len(asked) > self.room:
             raise Overloaded(2.5)
+        self.submitted += asked
+        return [f"r{number}" for number in range(len(self.submitted))][-len(asked) :]
 
-    def submit(self, prompt, params, **rest):
-        self.submitted.append(params)
-        return f"r{len(self.submitted) - 1}"
+    def begin_audit(self, tell):
+        self.tell = tell
 
     def abort(self, request_id, reason=FinishReason.ABORT):
         self.aborted[request_id] = reason
@@ -242,9 +245,64 @@ def test_an_aborted_exchange_is_over_for_both_sides():
     run(scenario)
 
 
+def test_tokens_pass_while_an_audit_waits():
+    """However long the slowest worker takes to answer; the reports come when the last is there."""
+
+    async def scenario(cluster, front, records):
+        exchange = await opened(front, ASK)
+        audit = asyncio.ensure_future(front.audit())
+        for _ in range(3):
+            cluster.say([update("r0", 0)])
+            assert [piece.texts for piece in await exchange.next()] == [["a"]]
+        assert not audit.done()
+        await front.call(lambda cluster: cluster.tell(["a report"]))
+        assert await audit == ["a report"]
+
+    run(scenario)
+
+
+def test_an_audit_that_fails_or_outlives_the_deployment_says_so():
+    """A worker that does not answer is an error, and when the server stops nobody waits for reports."""
+
+    async def scenario(cluster, front, records):
+        late = asyncio.ensure_future(front.audit())
+        await front.call(lambda cluster: None)
+        await front.call(lambda cluster: cluster.tell(WorkerLost("D0.0 did not answer.")))
+        with pytest.raises(WorkerLost):
+            await late
+        cut_off = asyncio.ensure_future(front.audit())
+        await front.call(lambda cluster: None)
+        await front.stop()
+        with pytest.raises(Problem, match="stopping"):
+            await cut_off
+
+    run(scenario)
+
+
+def test_a_client_that_goes_away_is_called_off_at_once():
+    """In the turn of the event loop that hears of it the abort is on its way, before anything that is asked later."""
+
+    async def scenario(cluster, front, records):
+        exchange = await opened(front, ASK, ASK)
+        settings = SimpleNamespace(deadline_s=9.0)
+        reply = Reply(SimpleNamespace(front=front, settings=settings), exchange, None, True, front._loop.time() + 9.0)
+        left = front._loop.create_future()
+        answering = asyncio.ensure_future(reply({}, lambda: left, None))
+        await asyncio.sleep(0)  # it runs: it waits for tokens
+        await asyncio.sleep(0)  # so does its watch: it waits for the client to leave
+        left.set_result({"type": "http.disconnect"})
+        await asyncio.sleep(0)
+        assert exchange.failure.status == 499
+        await front.call(lambda cluster: None)
+        assert set(cluster.aborted) == {"r0", "r1"}
+        await answering
+
+    run(scenario)
+
+
 def test_a_reader_that_stops_reading_does_not_grow_memory(monkeypatch):
     """After MOST_UNREAD tokens the exchange is ended and its requests are aborted."""
-    monkeypatch.setattr(fronts, "MOST_UNREAD", 20)
+    monkeypatch.setattr(exchanges, "MOST_UNREAD", 20)
 
     async def scenario(cluster, front, records):
         exchange = await opened(front, ASK)

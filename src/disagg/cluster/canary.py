@@ -8,6 +8,7 @@ tokens that are all but equally likely then fall either way. There the first dif
 near tie; what follows it is another text, and is not compared.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from disagg.clock import WallClock
@@ -51,20 +52,20 @@ class Sung(NamedTuple):
         return not self.error and (self.tokens == self.expected or self.near_tie)
 
 
-def run(cluster: "Cluster") -> list[Sung]:
+def run(cluster: "Cluster", waiting: Callable[[], None] = lambda: None) -> list[Sung]:
     """Every pair of a prefill and a decode worker, or each worker alone where nothing is handed over.
 
-    Nothing else may be outstanding. Colocated runs come first, so that a prefix cache holds what a worker computed
-    itself, and not what it was given.
+    Nothing else may be outstanding. `waiting` is called at every turn, and may raise to end it. Colocated runs come
+    first, so that a prefix cache holds what a worker computed itself, and not what it was given.
     """
     workers = cluster.workers()
     readers = [worker.name for worker in workers if worker.role != "decode"]
     writers = [worker.name for worker in workers if worker.role == "decode"]
-    alone = _sing(cluster, [Route(name, name) for name in readers])
+    alone = _sing(cluster, [Route(name, name) for name in readers], waiting)
     if not writers:
         return [_judge(name, name, song, alone[0]) for name, song in zip(readers, alone, strict=True)]
     pairs = [(reader, writer) for reader in range(len(readers)) for writer in writers]
-    apart = _sing(cluster, [Route(readers[reader], writer) for reader, writer in pairs])
+    apart = _sing(cluster, [Route(readers[reader], writer) for reader, writer in pairs], waiting)
     return [
         _judge(readers[reader], writer, song, alone[reader])
         for (reader, writer), song in zip(pairs, apart, strict=True)
@@ -80,9 +81,9 @@ def _judge(prefill: str, decode: str, song: _Song, expected: _Song) -> Sung:
     return Sung(prefill, decode, song.tokens, expected.tokens, expected.error or song.error, tie)
 
 
-def require(cluster: "Cluster") -> None:
-    """Raise DisaggError unless every pair agrees."""
-    for sung in run(cluster):
+def require(cluster: "Cluster", waiting: Callable[[], None] = lambda: None) -> None:
+    """Raise DisaggError unless every pair agrees. `waiting`: see `run`."""
+    for sung in run(cluster, waiting):
         if not sung.agrees:
             raise DisaggError(complaint(sung))
 
@@ -101,7 +102,7 @@ def complaint(sung: Sung) -> str:
     )
 
 
-def _sing(cluster: "Cluster", routes: list[Route]) -> list[_Song]:
+def _sing(cluster: "Cluster", routes: list[Route], waiting: Callable[[], None]) -> list[_Song]:
     """What the canary's prompt becomes on each route."""
     vocab_size, max_len = cluster.info.spec.vocab_size, cluster.engine.max_len
     assert max_len is not None
@@ -116,6 +117,7 @@ def _sing(cluster: "Cluster", routes: list[Route]) -> list[_Song]:
     clock = WallClock()
     until = clock.now() + _LIMIT_S
     while len(records) < len(ids):
+        waiting()
         if clock.now() > until:
             raise DisaggError(f"The canary did not end within {_LIMIT_S:g} s.")
         for update in cluster.poll(0.5):

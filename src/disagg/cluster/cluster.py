@@ -13,14 +13,15 @@ import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 
 from disagg.cache.prefix import page_hashes
 from disagg.clock import WallClock
-from disagg.cluster import canary, limits, policies
+from disagg.cluster import canary, entry, limits, policies
 from disagg.cluster import messages as m
+from disagg.cluster.audits import Audits, Tell
+from disagg.cluster.entry import Asked
 from disagg.cluster.launch import Template, make_folder, remove_folder
 from disagg.cluster.ledger import Ledger, Live
 from disagg.cluster.ledger import Update as Update
@@ -38,6 +39,7 @@ from disagg.request import FinishReason, SamplingParams
 
 MOST_ATTEMPTS = 5  # of one request: one that kills every worker it meets must not do so for ever
 _HEARTBEAT_S = 0.25
+_AUDIT_S = 5.0  # how long a worker may take to answer, the step that it is in included
 _LONGEST_RETRY_AFTER_S = 60.0
 
 
@@ -84,9 +86,8 @@ class Cluster:
         self._recent = Recent()
         self._snapshots: dict[str, Snapshot] = {}  # by address: the last one of each worker
         self._parked: list[str] = []  # requests that wait for a worker to come up
-        self._held_back: list[Update] = []  # news that came while somebody waited for something else
-        self._audits: dict[str, m.AuditReport] = {}
-        self._serial = 0
+        self._held_back: list[Update] = []  # news that came while somebody waited for an audit
+        self._audits = Audits()
         self._open = contextlib.ExitStack()  # what `close` has to undo, whatever it came to
         try:
             folder = make_folder()
@@ -110,8 +111,7 @@ class Cluster:
             for seat in self._supervisor.seats.values():
                 self._router.add(WorkerView(seat.worker, seat.config.spec.role))
             if supervise and deployment.disaggregated:
-                progress(f"{deployment.name}: canary")
-                canary.require(self)
+                canary.require(self, lambda: progress(f"{deployment.name}: canary"))
         except BaseException:
             self.close()
             raise
@@ -123,18 +123,6 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def check(self, asked: Sequence[tuple[Sequence[int], SamplingParams, policies.Routing | None]]) -> None:
-        """Raise unless all of these would be taken now: RequestError if they never would be, Overloaded if later."""
-        for prompt, params, routing in asked:
-            limits.validate(prompt, params, self.engine, self.info.spec.vocab_size, self.num_pages)
-            if routing == "disaggregated" and len(self.deployment.workers) < 2:
-                raise RequestError(f"{self.deployment.name} has one worker: nothing can be handed over.")
-        if len(asked) > self._max_outstanding:
-            raise RequestError(f"{len(asked)} at a time are more than the {self._max_outstanding} that may be queued.")
-        if len(self._ledger) + len(asked) > self._max_outstanding:
-            self._ledger.counts["refused"] += len(asked)
-            raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
 
     def submit(
         self,
@@ -151,31 +139,23 @@ class Cluster:
 
         `scheduled_at`: when it should have been sent, if not now. `route`: the names of the workers to use, for its
         first attempt. `routing`: whether one worker or two shall serve it, instead of what the policy says.
-        `deadline_s`: it ends with an error when it is not done so long after now. Raises what `check` raises, before
-        anything is sent.
+        `deadline_s`: it ends with an error when it is not done so long after now. Raises what `submit_all` raises.
         """
-        self.check([(prompt, params, routing)])
+        asked = (prompt, params, routing)
+        self._check([asked])
         pinned = None if route is None else Route(*(self._supervisor.named(name).worker for name in route))
-        now = self._clock.now()
-        if params.seed is None and not params.greedy:
-            params = msgspec.structs.replace(params, seed=uuid4().int >> 65)
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
-        record = Record(
-            request_id=uuid4().hex,
-            index=index,
-            prompt_len=len(prompt),
-            max_tokens=params.max_tokens,
-            arm=self.deployment.name,
-            scheduled_at=now if scheduled_at is None else scheduled_at,
-            sent_at=now,
-        )
-        live = Live(
-            record, list(prompt), params, sorted(stop_ids), self._clock.now(), pinned,
-            routing=routing, deadline=now + deadline_s,
-        )  # fmt: skip
-        self._ledger.open(live)
-        self._place(live)
-        return record.request_id
+        return self._admit(asked, scheduled_at=scheduled_at, deadline_s=deadline_s, index=index, pinned=pinned)
+
+    def submit_all(
+        self, asked: Sequence[Asked], *, scheduled_at: float | None = None, deadline_s: float = math.inf
+    ) -> list[str]:
+        """Send all of these, as `submit` does, or none; returns their ids.
+
+        Raises RequestError for what can never be served, Overloaded when there is no room for all of them now, and
+        WorkerLost when one asks for two workers and fewer are up.
+        """
+        self._check(asked)
+        return [self._admit(one, scheduled_at=scheduled_at, deadline_s=deadline_s) for one in asked]
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Record | None:
         """End a request now; returns its Record, or None when it is over already. Its pages are freed behind us."""
@@ -203,6 +183,7 @@ class Cluster:
             if seat.draining and not self._ledger.that_need(seat.worker):
                 self._send(seat.worker, m.Stop())
                 seat.draining = False  # said; should it not have heard, its next heartbeat starts anew
+        self._audits.settle(now, self._supervisor.up)
         return updates
 
     def watch(self, fd: int) -> None:
@@ -252,23 +233,26 @@ class Cluster:
             self._supervisor.page_bytes, lines, self.counters(), self._recent.series(now), self._recent.rows(),
         )  # fmt: skip
 
-    def audit(self, timeout_s: float = 5.0) -> list[m.AuditReport]:
+    def begin_audit(self, tell: Tell) -> None:
+        """Ask every worker where its pages are. `poll` calls `tell`: with the reports, or with WorkerLost."""
+        asked = self._supervisor.up
+        serial = self._audits.begin(asked, self._clock.now(), _AUDIT_S, tell)
+        for worker in asked:
+            self._send(worker, m.Audit(serial))
+
+    def audit(self) -> list[m.AuditReport]:
         """Where every page of every worker is. Tokens that come meanwhile are kept for the next `poll`.
 
         Raises WorkerLost when a worker does not answer.
         """
-        self._audits.clear()
-        self._serial += 1
-        asked = self._supervisor.up
-        for worker in asked:
-            self._send(worker, m.Audit(self._serial))
-        until = self._clock.now() + timeout_s
-        while missing := [worker for worker in asked if worker in self._supervisor.up and worker not in self._audits]:
-            if self._clock.now() > until:
-                raise WorkerLost(f"{', '.join(missing)} did not answer an audit within {timeout_s:g} s.")
+        told: list[list[m.AuditReport] | WorkerLost] = []
+        self.begin_audit(told.append)
+        while not told:
             kept, self._held_back = self._held_back, []
             self._held_back = kept + self.poll(0.1)
-        return [self._audits[worker] for worker in asked if worker in self._audits]
+        if isinstance(told[0], WorkerLost):
+            raise told[0]
+        return told[0]
 
     def close(self) -> None:
         """Stop the workers and remove every trace. May be called twice."""
@@ -276,13 +260,32 @@ class Cluster:
 
     # Sending
 
+    def _check(self, asked: Sequence[Asked]) -> None:
+        """Raise unless all of these can be taken now. See `submit_all`."""
+        entry.check(asked, self.deployment, self.engine, self.info.spec.vocab_size, self.num_pages)
+        if len(asked) > self._max_outstanding:
+            raise RequestError(f"{len(asked)} at a time are more than the {self._max_outstanding} that may be queued.")
+        if len(self._ledger) + len(asked) > self._max_outstanding:
+            self._ledger.counts["refused"] += len(asked)
+            raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
+        if len(self._router.workers) < 2 and any(routing == "disaggregated" for _, _, routing in asked):
+            self._ledger.counts["refused"] += len(asked)
+            raise WorkerLost("Fewer than two workers are up, so nothing can be handed over: retry later.")
+
+    def _admit(self, asked: Asked, **rest: Any) -> str:
+        """Take one that has been checked. `rest`: see `entry.opened`."""
+        live = entry.opened(asked, self._clock.now(), arm=self.deployment.name, eos=self._eos, **rest)
+        self._ledger.open(live)
+        self._place(live)
+        return live.record.request_id
+
     def _send(self, worker: str, message: m.Message) -> None:
         """To a worker that lives; what a dead one should have done is done for it."""
         if self._supervisor.seat_of(worker) is not None:
             self._mailbox.send(worker, message)
 
     def _place(self, live: Live) -> None:
-        """Send the request's present attempt, now or when there is a worker."""
+        """Send the request's present attempt, now or when there are the workers for it."""
         record, num_known = live.record, len(live.record.tokens)
         if live.pinned is not None and not set(live.pinned) <= set(self._supervisor.up):
             live.pinned = None  # it waited, and a worker that it was meant for has died
@@ -349,8 +352,8 @@ class Cluster:
             self._welcome(message)
         elif isinstance(message, m.Heartbeat):
             self._beat(message)
-        elif isinstance(message, m.AuditReport) and message.serial == self._serial:
-            self._audits[message.worker] = message
+        elif isinstance(message, m.AuditReport):
+            self._audits.take(message)
 
     def _progress(self, message: m.Progress, now: float, updates: list[Update]) -> None:
         news = self._ledger.take(message, now)

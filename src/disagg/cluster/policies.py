@@ -68,10 +68,12 @@ def colocated(ask: Ask, workers: Sequence[WorkerView]) -> Decision:
     return Decision(Route(name, name))
 
 
-def disaggregated(ask: Ask, workers: Sequence[WorkerView]) -> Decision:
-    """Two workers, of the right roles where there are such; one does both only when it is alone."""
+def disaggregated(ask: Ask, workers: Sequence[WorkerView]) -> Decision | None:
+    """Two workers, of the right roles where there are such; never one, which the client asked not to have."""
+    if len(workers) < 2:
+        return None
     reader = min(_able(workers, "prefill"), key=_load)
-    others = [view for view in workers if view is not reader] or [reader]
+    others = [view for view in workers if view is not reader]
     return Decision(Route(reader.name, _least_writing(others).name))
 
 

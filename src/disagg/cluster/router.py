@@ -63,8 +63,8 @@ class Decision(NamedTuple):
 class Policy(Protocol):
     """Picks workers, without side effects: the same question has the same answer."""
 
-    def __call__(self, ask: Ask, workers: Sequence[WorkerView]) -> Decision:
-        """Raises nothing: `workers` holds at least one, and every worker can do both phases."""
+    def __call__(self, ask: Ask, workers: Sequence[WorkerView]) -> Decision | None:
+        """`workers` holds at least one, and every worker can do both phases. None: it takes more of them."""
         ...
 
 
@@ -130,7 +130,7 @@ class Router:
         pinned: Route | None = None,
         policy: Policy | None = None,
     ) -> Decision | None:
-        """Pick workers and book the work. None: there is no worker at the moment.
+        """Pick workers and book the work. None: there are not the workers for it at the moment.
 
         `hashes` name the full pages of the prompt. `pinned`: take these workers. `policy`: ask this one instead.
         """
@@ -139,14 +139,17 @@ class Router:
             return None
         cached = {} if self._prefixes is None else self._prefixes.cached(self._workers, hashes, prompt_len)
         if pinned is not None:
-            decision = Decision(pinned)
+            decision: Decision | None = Decision(pinned)
         else:
             heard = [view for view in workers if not view.silent] or workers
             for view in heard:
                 view.prefill_rate = self._speeds.prefill_rate(view.name)
             ask = Ask(self._serial, prompt_len, max_tokens, cached, self._speeds.handoff_rate())
-            decision = (policy or self._policy)(ask, heard)
+            pick = policy or self._policy
+            decision = pick(ask, heard) or pick(ask, workers)
             self._serial += 1
+        if decision is None:
+            return None
         route = decision.route
         self._booked[request_id] = _Booked(route)
         self._owe(request_id, prompt_len - cached.get(route.prefill, 0), max_tokens, decoding=False)

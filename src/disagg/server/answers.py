@@ -14,7 +14,7 @@ import msgspec
 
 from disagg.engine.batch import TokenLogprobs
 from disagg.model.tokenizer import NoTokenizer, Tokenizer
-from disagg.server.front import Piece
+from disagg.server.exchange import Piece
 from disagg.server.problems import Problem
 
 DONE = b"data: [DONE]\n\n"

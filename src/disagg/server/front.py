@@ -17,107 +17,24 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from disagg.cluster.cluster import Cluster, Update, WorkerStatus
-from disagg.engine.batch import TokenLogprobs
+from disagg.cluster.messages import AuditReport
 from disagg.errors import DisaggError
 from disagg.model.tokenizer import Detokenizer, NoTokenizer
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
+from disagg.server.exchange import Ask, Exchange, Piece
 from disagg.server.problems import Problem, unavailable
 from disagg.text import Detokenizes, TextStream
 
 log = logging.getLogger("disagg.serve")
 
-MOST_UNREAD = 4096  # tokens of one exchange; a client that lags so far behind has stopped reading
 _POLL_S = 0.25
 
 _T = TypeVar("_T")
-
-
-class Ask(NamedTuple):
-    """One choice of an exchange: what the Cluster is asked for."""
-
-    prompt: list[int]
-    params: SamplingParams
-    routing: Literal["colocated", "disaggregated"] | None = None  # against the policy
-
-
-class Piece(NamedTuple):
-    """News of one choice: tokens, each with the text that it completed. With `record` the choice is over, and `finish`
-    says why in the API's words.
-    """
-
-    choice: int
-    texts: list[str]  # one a token; without tokens one, which had been held back
-    tokens: list[int]
-    logprobs: list[TokenLogprobs | None]
-    finish: str
-    record: Record | None
-    offsets: Sequence[int] = ()  # with log-probabilities: where in the choice's text each token begins
-
-
-class Exchange:
-    """One HTTP request with all its choices, as the event loop sees it. Made by Front.open."""
-
-    def __init__(
-        self, asks: Sequence[Ask], received_at: float, deadline_s: float, overflow: Callable[["Exchange"], None]
-    ) -> None:
-        self.asks = asks
-        self.received_at = received_at  # on the cluster's clock; latency counts from here
-        self.deadline_s = deadline_s
-        self.request_ids: list[str] = []  # of the Cluster, one per choice; the front thread's
-        self.failure: Exception | None = None  # what ended it early
-        self.on_failure: Callable[[], None] = lambda: None  # for a reader that is busy elsewhere
-        self.shortcut: Callable[[list[Piece]], bool] = lambda news: False  # takes news for a reader that waits
-        self._overflow = overflow
-        self._unread: list[Piece] = []
-        self._num_unread = 0  # texts in them
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def next(self) -> list[Piece]:
-        """All news since the last call, in order; waits for the first. Raises what ended the exchange early."""
-        if not self._unread and self.failure is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self.failure is not None:
-            raise self.failure
-        return self._take()
-
-    def put(self, piece: Piece) -> None:
-        """Take news, of which `tell` tells the reader."""
-        if self.failure is None:
-            self._unread.append(piece)
-            self._num_unread += len(piece.texts)
-
-    def tell(self) -> None:
-        """All news that there are now have been put."""
-        waits = self._waiter is not None and not self._waiter.done()
-        if not self._unread:
-            return
-        if waits and self.shortcut(self._unread):
-            self._take()
-            return
-        self._wake()
-        if self._num_unread > MOST_UNREAD:
-            self._overflow(self)
-
-    def fail(self, error: Exception) -> None:
-        """End it for the reader. The first failure counts."""
-        if self.failure is None:
-            self.failure = error
-            self._take()
-            self._wake()
-            self.on_failure()
-
-    def _take(self) -> list[Piece]:
-        news, self._unread, self._num_unread = self._unread, [], 0
-        return news
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class _Choice(NamedTuple):
@@ -174,6 +91,7 @@ class Front:
         self._choices: dict[str, _Choice] = {}  # by request id
         self._news: deque[tuple[Exchange, Piece] | tuple[Callable[[Any], None], Any]] = deque()  # for the event loop
         self._called = False  # whether the event loop is going to look at them
+        self._asking: set[asyncio.Future[Any]] = set()  # who waits for an answer of the thread
         self._stopping = False
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="front")
@@ -207,8 +125,14 @@ class Front:
 
     async def call(self, function: Callable[[Cluster], _T]) -> _T:
         """Run `function` in the front thread and return its result; every token waits meanwhile. Raises DisaggError."""
-        done: asyncio.Future[_T] = self._loop.create_future()
+        done: asyncio.Future[_T] = self._promise()
         self._command(lambda cluster: self._call(cluster, function, done))
+        return await done
+
+    async def audit(self) -> list[AuditReport]:
+        """Where every page of every worker is, once all have said so; no token waits for it. Raises DisaggError."""
+        done: asyncio.Future[list[AuditReport]] = self._promise()
+        self._command(lambda cluster: self._begin_audit(cluster, done))
         return await done
 
     async def stop(self) -> None:
@@ -217,6 +141,12 @@ class Front:
             self._stopping = True
             os.eventfd_write(self._bell, 1)
             await self._ended.wait()
+
+    def _promise(self) -> "asyncio.Future[Any]":
+        done: asyncio.Future[Any] = self._loop.create_future()
+        self._asking.add(done)
+        done.add_done_callback(self._asking.discard)
+        return done
 
     def _overflow(self, exchange: Exchange) -> None:
         self.abort(exchange, Problem(408, "The client does not read its answer; the request was ended."))
@@ -239,6 +169,8 @@ class Front:
         self._deliver()
         for choice in self._choices.values():
             choice.exchange.fail(_over())
+        for done in self._asking:
+            _settle(done, _over())
         os.close(self._bell)
         self._on_end()
 
@@ -300,18 +232,13 @@ class Front:
         try:
             if cluster is None:
                 raise _over()
-            cluster.check(exchange.asks)  # all of them, before the first is sent
-            for place, (prompt, params, routing) in enumerate(exchange.asks):
-                request_id = cluster.submit(
-                    prompt,
-                    params,
-                    scheduled_at=exchange.received_at,
-                    routing=routing,
-                    deadline_s=exchange.deadline_s,
-                )
-                exchange.request_ids.append(request_id)
-                text = self._text(cluster, prompt, params)
-                self._choices[request_id] = _Choice(exchange, place, text, params.logprobs is not None)
+            texts = [self._text(cluster, ask.prompt, ask.params) for ask in exchange.asks]
+            exchange.request_ids = cluster.submit_all(
+                exchange.asks, scheduled_at=exchange.received_at, deadline_s=exchange.deadline_s
+            )
+            for place, (request_id, text) in enumerate(zip(exchange.request_ids, texts, strict=True)):
+                wants_offsets = exchange.asks[place].params.logprobs is not None
+                self._choices[request_id] = _Choice(exchange, place, text, wants_offsets)
         except Exception as error:  # whatever is wrong with this request, the others go on
             if not isinstance(error, DisaggError | Problem):
                 log.exception("A request could not be sent")
@@ -337,9 +264,18 @@ class Front:
                 raise _over()
             result = function(cluster)
         except (DisaggError, Problem) as error:
-            self._news.append((_unless_cancelled(done, done.set_exception), error))
+            self._answer(done, error)
         else:
-            self._news.append((_unless_cancelled(done, done.set_result), result))
+            self._answer(done, result)
+
+    def _begin_audit(self, cluster: Cluster | None, done: "asyncio.Future[Any]") -> None:
+        if cluster is None:
+            self._answer(done, _over())
+        else:
+            cluster.begin_audit(partial(self._answer, done))
+
+    def _answer(self, done: "asyncio.Future[Any]", result: Any) -> None:
+        self._news.append((partial(_settle, done), result))
 
     def _take(self, cluster: Cluster, update: Update) -> None:
         """Tokens become a piece. A stop string ends the request, with the token that completed it."""
@@ -373,8 +309,13 @@ def _tell(exchanges: Iterable[Exchange]) -> None:
         exchange.tell()
 
 
-def _unless_cancelled(done: "asyncio.Future[Any]", function: Callable[[Any], None]) -> Callable[[Any], None]:
-    return lambda argument: None if done.cancelled() else function(argument)
+def _settle(done: "asyncio.Future[Any]", result: Any) -> None:
+    if done.done():
+        return
+    if isinstance(result, Exception):
+        done.set_exception(result)
+    else:
+        done.set_result(result)
 
 
 def _over() -> Problem:

@@ -13,7 +13,7 @@ from disagg.clock import WallClock
 from disagg.request import SamplingParams
 from disagg.server.answers import Form
 from disagg.server.asked import ChatRequest, CompletionRequest, Generate, RawPrompt, decode
-from disagg.server.front import Ask
+from disagg.server.exchange import Ask
 from disagg.server.problems import Problem, gone, late
 from disagg.server.reply import Reply
 from disagg.server.state import State

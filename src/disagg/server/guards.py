@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from disagg.record import Record
 from disagg.request import FinishReason
-from disagg.server.front import Ask, Exchange
+from disagg.server.exchange import Ask, Exchange
 from disagg.server.problems import Problem, unavailable
 from disagg.server.state import State
 

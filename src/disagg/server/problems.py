@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from disagg.errors import DisaggError, InputError, Overloaded
+from disagg.errors import DisaggError, InputError, Overloaded, WorkerLost
 
 _TYPES = {429: "rate_limit_error"}
 
@@ -64,6 +64,8 @@ def problem_of(error: Exception, fields: tuple[str, ...] = ()) -> Problem:
     if isinstance(error, InputError):
         first = str(error).partition(" ")[0]
         return Problem(400, str(error), param=first if first in fields else None)
+    if isinstance(error, WorkerLost):
+        return unavailable(str(error))
     if isinstance(error, DisaggError):
         return Problem(500, str(error))
     return Problem(500, "The server failed on this request; its log says why.")

@@ -16,7 +16,7 @@ from disagg.errors import DisaggError
 from disagg.record import Record
 from disagg.server.answers import Events, Form, Whole, failure
 from disagg.server.asked import FIELDS
-from disagg.server.front import Exchange, Piece
+from disagg.server.exchange import Exchange, Piece
 from disagg.server.http import HTTP, Http
 from disagg.server.problems import Problem, answer, gone, late, problem_of
 from disagg.server.state import State
