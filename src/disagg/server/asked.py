@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -28,12 +28,9 @@ _MAY_BE_LONG = ("prompt", "messages", "tokens")
 
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seed", "min_tokens", "ignore_eos")  # fmt: skip
-_Stops = list[str]
 
-# Fields of the OpenAI API that are not supported, with the values that ask for nothing.
-_NOTHING: dict[str, tuple[Any, ...]] = {
+NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
-    "best_of": (None, 1),
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
@@ -53,6 +50,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+"""Fields of the OpenAI API that are not supported, with the values that ask for nothing."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -67,6 +65,7 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str | None = None
     n: int | None = None
+    best_of: int | None = None  # n, if given: no more choices are drawn than returned
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -74,7 +73,7 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | _Stops | None = None
+    stop: str | list[str] | None = None
     user: str | None = None  # a label for the server's log
     top_k: int | None = None
     min_p: float | None = None
@@ -87,6 +86,9 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Parameters for the engine. Raises Problem, or RequestError whose first word is the field."""
+        if self.best_of not in (None, self.n or 1):
+            message = f"best_of {self.best_of} is not supported: it must equal n, as all choices drawn are returned."
+            raise Problem(400, message, param="best_of")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MOST_STOPS:
             raise Problem(400, f"stop has {len(stop)} strings: give at most {MOST_STOPS}.", param="stop")
@@ -208,14 +210,8 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /detokenize."""
 
-    tokens: list[int]
-    model: str | None = None
-
-
-class RawDetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The same, while the ids are still JSON: there may be a million."""
-
-    tokens: msgspec.Raw
+    # still JSON, for there may be a million
+    tokens: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array", "items": {"type": "integer"}})]
     model: str | None = None
 
 
@@ -239,7 +235,7 @@ def decode(kind: type[_Asked], body: bytes) -> _Asked:
         if len(message) > 8 * _LONGEST_NAME:  # it repeats megabytes of the request; where they are stands at the end
             message = message[: 4 * _LONGEST_NAME] + message[-4 * _LONGEST_NAME :]
         unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL)
-        if unknown is None or unknown[1] not in _NOTHING:
+        if unknown is None or unknown[1] not in NOTHING:
             raise _refusal(message, kind.__struct_fields__) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error) from None
@@ -275,10 +271,10 @@ def _without_nothing(body: bytes) -> bytes:
     """The request without the fields we do not support. Raises Problem if one of them asks for something."""
     try:
         whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        for name in _NOTHING.keys() & whole.keys():
+        for name in NOTHING.keys() & whole.keys():
             json = bytes(whole.pop(name))
             value = msgspec.json.decode(json) if len(json) < _LONGEST_NAME else ...
-            if not any(value == nothing and type(value) is type(nothing) for nothing in _NOTHING[name]):
+            if not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[name]):
                 raise Problem(400, f"{name} is not supported by this server: leave it out.", param=name)
         return msgspec.json.encode(whole)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -6,7 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from disagg.server.asked import RawDetokenizeRequest, TokenizeRequest
+from disagg.server.asked import DetokenizeRequest, TokenizeRequest
 from disagg.server.generating import Arrival, in_time, read
 from disagg.server.metrics import CONTENT_TYPE
 from disagg.server.problems import Problem, answer
@@ -43,7 +43,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """POST /detokenize."""
     arrival, state = Arrival.now(), _state(request)
-    asked = await read(request, RawDetokenizeRequest)
+    asked = await read(request, DetokenizeRequest)
     state.check_model(asked.model)
     async with in_time(request, arrival):
         text = await state.texts.decode(bytes(asked.tokens))
@@ -80,7 +80,7 @@ async def metrics(request: Request) -> Response:
 async def audit(request: Request) -> Response:
     """GET /audit: where every page of every worker is, and what became of every request."""
     state = _state(request)
-    reports = await state.front.call(lambda cluster: cluster.audit())
+    reports = await state.front.audit()
     return answer({
         "deployment": state.front.cluster().deployment.name,
         "counters": await state.front.call(lambda cluster: cluster.counters()),
