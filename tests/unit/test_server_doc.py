@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 from disagg.cli.serve import serve
+from disagg.cluster import launch
 from disagg.cluster.status import Snapshot, Status, WorkerLine
+from disagg.server import run
 from disagg.server.metrics import Metrics
 from disagg.server.openapi import make
 
@@ -32,3 +34,9 @@ def test_every_metric_is_explained():
     names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     section = TEXT.split("## Metrics")[1].split("## Operations")[0]
     assert {name for name in re.findall(r"`(disagg_[a-z0-9_]+)`", section) if name != "disagg_"} == names
+
+
+def test_the_help_says_how_long_a_stop_may_take():
+    """The sum of what is waited for: each worker, the process that forks them, and the last words to clients."""
+    bound = f"{launch._STOP_S:g} s a worker and {launch._STOP_S + run._LAST_WORDS_S:g} s more"
+    assert bound in " ".join(serve.help.split())

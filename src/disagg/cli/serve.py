@@ -11,7 +11,7 @@ import click
 
 from disagg.cli import keys as api_keys
 from disagg.cli import options
-from disagg.config import Budget, Deployment, Dtype, EngineSpec
+from disagg.config import Budget, Deployment, EngineSpec
 from disagg.errors import InputError
 from disagg.server.listening import listen
 
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from disagg.cluster.cluster import Cluster
+    from disagg.server.state import Settings
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ANY = ("0.0.0.0", "::")
 _GIB, _MIB = 1 << 30, 1 << 20
+# options that go on as they are
+_OF_ENGINE = ("random_weights", "dtype", "max_len", "max_batch_tokens", "prefix_caching")
+_OF_SERVER = ("max_prompt_len", "max_choices", "max_requests")
 
 
 @click.command(
@@ -62,67 +66,42 @@ Examples:
 def serve(
     model: str,
     served_model_name: str | None,
-    random_weights: bool,
-    dtype: Dtype | None,
     deploy: str,
     budget: str | None,
     policy: str,
-    max_len: int | None,
-    kv_memory: float | None,
-    max_batch_tokens: int | None,
-    prefix_caching: bool,
     host: str,
     port: int,
     key_sources: tuple[str, ...],
     no_api_key: bool,
     records: Path | None,
-    **limits: Any,
+    **rest: Any,
 ) -> None:
     """Serve a model over the OpenAI API, on any deployment.
 
     Prints its address when it is ready, and one JSON line per request on standard error. SIGTERM lets requests finish
-    and exits with code 0; Ctrl-C stops at once.
+    and exits with code 0; Ctrl-C stops at once. Stopping takes at most --drain seconds (SIGTERM only), 3 s a worker and
+    5 s more; with traces, also what their collector takes.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # nothing is served yet that could be finished
-    keys = [key for source in key_sources for key in api_keys.read(source)]
-    if host not in _LOOPBACK and not keys and not no_api_key:
-        raise InputError(f"Listening on {host} lets others in: give --api-key, or --no-api-key if that is meant.")
+    keys = _keys(host, key_sources, no_api_key)
     if records is not None:
         _check_appends(records)
     cores = tuple(sorted(os.sched_getaffinity(0)))
     deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
-    engine = EngineSpec.on(
-        deployment.budget.kind,
-        model=model,
-        random_weights=random_weights,
-        dtype=dtype,
-        max_len=max_len,
-        kv_bytes=None if kv_memory is None else int(_positive("--kv-memory", kv_memory) * _GIB),
-        max_batch_tokens=max_batch_tokens,
-        prefix_caching=prefix_caching,
-    )
-
+    engine = _engine(deployment, model, rest)
     listener = listen(host, port)
 
     from disagg.cluster.cluster import Cluster  # imports torch: slow
     from disagg.server.guards import Keys
     from disagg.server.run import serve as run
-    from disagg.server.state import Settings
+
+    settings = _settings(served_model_name or _name(model), rest)
 
     def make(progress: "Callable[[str], None]") -> "Cluster":
         return Cluster(
-            deployment, engine, policy=policy, supervise=True, max_outstanding=limits["max_queue"], progress=progress
+            deployment, engine, policy=policy, supervise=True, max_outstanding=rest["max_queue"], progress=progress
         )
 
-    settings = Settings(
-        model=served_model_name or _name(model),
-        max_body_bytes=int(_positive("--max-body", limits["max_body"]) * _MIB),
-        max_prompt_len=limits["max_prompt_len"],
-        max_choices=limits["max_choices"],
-        max_requests=limits["max_requests"],
-        deadline_s=_positive("--deadline", limits["deadline"]),
-        drain_s=_positive("--drain", limits["drain"]),
-    )
     drained = run(
         make,
         listener,
@@ -134,6 +113,35 @@ def serve(
     )
     if not drained:
         raise KeyboardInterrupt
+
+
+def _keys(host: str, sources: tuple[str, ...], no_api_key: bool) -> list[str]:
+    keys = [key for source in sources for key in api_keys.read(source)]
+    if host not in _LOOPBACK and not keys and not no_api_key:
+        raise InputError(f"Listening on {host} lets others in: give --api-key, or --no-api-key if that is meant.")
+    return keys
+
+
+def _engine(deployment: Deployment, model: str, options: dict[str, Any]) -> EngineSpec:
+    kv_memory = options["kv_memory"]
+    return EngineSpec.on(
+        deployment.budget.kind,
+        model=model,
+        kv_bytes=None if kv_memory is None else int(_positive("--kv-memory", kv_memory) * _GIB),
+        **{name: options[name] for name in _OF_ENGINE},
+    )
+
+
+def _settings(name: str, options: dict[str, Any]) -> "Settings":
+    from disagg.server.state import Settings
+
+    return Settings(
+        model=name,
+        max_body_bytes=int(_positive("--max-body", options["max_body"]) * _MIB),
+        deadline_s=_positive("--deadline", options["deadline"]),
+        drain_s=_positive("--drain", options["drain"]),
+        **{name: options[name] for name in _OF_SERVER},
+    )
 
 
 def _name(model: str) -> str:

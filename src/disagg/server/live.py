@@ -5,12 +5,11 @@
     /live      what the deployment does at that moment: Status of cluster/status.py, `now` in seconds since 1970, and
                whether the model takes text
 
-Where the server asks for an API key, `/live` must be behind it like every other path; the page asks for the key when it
-is answered 401.
+`/live` needs the API key where the server asks for one; the page asks its reader for it when it is answered 401.
 
 The page's box sends a prompt twice to `POST /v1/completions`, streamed, with the body field `disagg_route`:
 "colocated" (one worker does both phases) or "disaggregated" (two workers, whatever their roles). That is
-Cluster.submit's `routing`, and works on any deployment of two workers or more. The Row of a request is found again by
+Cluster.submit's `routing`, and works while two workers or more are up. The Row of a request is found again by
 `request_id`, which the completion's `id` contains.
 """
 

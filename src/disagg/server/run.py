@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from disagg.cluster.cluster import Cluster
 from disagg.cluster.status import Status
@@ -29,7 +30,7 @@ from disagg.server.http import Http, most_connections
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
-from disagg.server.telemetry import traces
+from disagg.server.telemetry import Traces, traces
 
 _TICK_S = 0.05
 _LAST_WORDS_S = 2  # for answers that say that the server stops
@@ -52,21 +53,41 @@ def serve(
     records: a file to which the Record of every request is added, without its tokens. on_ready: told the address.
     """
     _log_to_stderr()
+
+    async def run() -> bool:
+        over = asyncio.Event()  # a signal came, or the deployment is no more
+        signals = _heard(over)
+        tracing = traces(settings.model)
+        state = _assemble(make, settings, tracing, records, over)
+        app = create_app(state, keys, hosts)
+        try:
+            await _serve(state, app, listener, over, signals, on_ready)
+        finally:
+            if tracing is not None:
+                tracing.close()
+        return signals[-1:] == [signal.SIGTERM]
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(make, listener, settings, keys, hosts, records, on_ready))
+        return runner.run(run())
 
 
-async def _serve(
-    make: Make,
-    listener: socket.socket,
-    settings: Settings,
-    keys: Keys,
-    hosts: frozenset[str],
-    records: Path | None,
-    on_ready: Callable[[str], None],
-) -> bool:
-    loop = asyncio.get_running_loop()
-    over = asyncio.Event()  # a signal came, or the deployment is no more
+def _heard(over: asyncio.Event) -> list[signal.Signals]:
+    """The signals that have come so far; the first sets `over`."""
+    signals: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        signals.append(number)
+        over.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return signals
+
+
+def _assemble(
+    make: Make, settings: Settings, tracing: Traces | None, records: Path | None, over: asyncio.Event
+) -> State:
+    """The deployment's thread, not started, with all who are told of requests that have ended."""
 
     def status() -> Status | None:
         with contextlib.suppress(Problem):
@@ -85,23 +106,22 @@ async def _serve(
                 log.error(json.dumps({"event": "records", "error": str(error)}))
 
     metrics = Metrics(status)
-    tracing = traces(settings.model)
-    front = Front(make, on_record=on_record, on_end=over.set)
-    state = State(settings, front, metrics)
-    http: Any = partial(Http, most=most_connections())
-    server = _Server(uvicorn.Config(
-        create_app(state, keys, hosts), http=http, ws="none", lifespan="off", access_log=False, log_config=None,
-        proxy_headers=False, server_header=False, timeout_graceful_shutdown=_LAST_WORDS_S,
-    ))  # fmt: skip
-    signals: list[signal.Signals] = []
+    state = State(settings, Front(make, on_record=on_record, on_end=over.set), metrics)
+    return state
 
-    def on_signal(number: signal.Signals) -> None:
-        signals.append(number)
-        over.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+async def _serve(
+    state: State,
+    app: ASGIApp,
+    listener: socket.socket,
+    over: asyncio.Event,
+    signals: list[signal.Signals],
+    on_ready: Callable[[str], None],
+) -> None:
+    """Start the deployment, answer until it is over, and take everything down again."""
+    front = state.front
     front.start()
+    server = _Server(_config(app))
     serving = asyncio.create_task(server.serve([listener]))
     try:
         await _first(front.settled, over)
@@ -118,11 +138,16 @@ async def _serve(
         server.should_exit = True
         await serving
         await state.close()
-        if tracing is not None:
-            tracing.close()
     if front.failure is not None:
         raise front.failure
-    return signals[-1:] == [signal.SIGTERM]
+
+
+def _config(app: ASGIApp) -> uvicorn.Config:
+    http: Any = partial(Http, most=most_connections())
+    return uvicorn.Config(
+        app, http=http, ws="none", lifespan="off", access_log=False, log_config=None, proxy_headers=False,
+        server_header=False, timeout_graceful_shutdown=_LAST_WORDS_S,
+    )  # fmt: skip
 
 
 def keep_loaded() -> None:

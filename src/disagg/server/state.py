@@ -1,4 +1,4 @@
-"""What every handler shares: the settings, the front thread, the keys, and what the server says of itself."""
+"""What every handler shares: the settings, the front thread, the tokenizer, and what the server says of itself."""
 
 import time
 from functools import cached_property
