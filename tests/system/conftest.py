@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from leftovers import nothing_left
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around the timeout of a test too: to wait is not to hang
@@ -34,3 +35,10 @@ def _locked(file: Path, how: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@pytest.fixture(scope="module")
+def nothing_left_behind() -> Iterator[None]:
+    """All that the tests of a file start leaves no process, folder or shared memory."""
+    with nothing_left():
+        yield

@@ -361,6 +361,30 @@ def test_a_killed_worker_is_degraded_health(server, client, expected):
     assert client.completions.create(prompt=PROMPT, extra_body=EXTRA, **GREEDY).choices[0].text == expected[0].text
 
 
+def test_a_worker_killed_under_a_stream_is_a_pause(server):
+    """Its client gets every token once, those of an undisturbed request, and a proper end; all workers are back."""
+    ask = {"prompt": PROMPT, "temperature": 0, "max_tokens": 400, "n": 4, **EXTRA}
+    url = f"{server.url}/v1/completions"
+    undisturbed = httpx.post(url, json=ask, timeout=60).json()["choices"]
+    for _ in range(5):  # on a busy machine the stream may be over before the blow falls
+        settled(lambda: any(logs_to(pid, "D0.") for pid in server.children()))
+        victim = next(pid for pid in server.children() if logs_to(pid, "D0."))
+        retried = server.metric("disagg_retried_total")
+        tokens = [[] for _ in undisturbed]
+        with httpx.stream("POST", url, json={**ask, "stream": True}, timeout=60) as answer:
+            for number, event in enumerate(events(answer.iter_lines())):
+                if number == 20:
+                    os.kill(victim, signal.SIGKILL)
+                for choice in event["choices"]:
+                    tokens[choice["index"]] += choice["token_ids"]
+        assert tokens == [choice["token_ids"] for choice in undisturbed]
+        settled(lambda: server.get("/health").json()["status"] == "ready")
+        if server.metric("disagg_retried_total") > retried:
+            break
+    assert server.metric("disagg_retried_total") > retried
+    settled(lambda: all_free(server))
+
+
 def logs_to(pid, name) -> bool:
     try:
         return Path(os.readlink(f"/proc/{pid}/fd/1")).name.startswith(name)

@@ -12,20 +12,17 @@ import pytest
 from leftovers import nothing_left
 from serving import events, post, serving, settled
 
+from disagg.cluster.cluster import Cluster
+from disagg.config import Budget, Deployment, EngineSpec
 from disagg.testing import tiny_checkpoint
 
-pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="tests of servers need two cores")
+pytestmark = [
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="tests of servers need two cores"),
+    pytest.mark.usefixtures("nothing_left_behind"),
+]
 
 LONG = "a" * 3000  # becomes tokens in the process for long texts
 DEPLOY = ("--deploy", "1C", "--budget", "cpu:1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_left_behind(tmp_path_factory):
-    """All servers of this file leave no process, folder or shared memory."""
-    tmp_path_factory.getbasetemp()  # pytest's own folder, made before another place for such is set
-    with nothing_left():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +122,18 @@ def test_sigterm_before_the_first_token_of_the_first_stream(tmp_path):
             assert answer.status_code == 200
             assert [*events(answer.iter_lines())][-1]["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(10) == 0
+
+
+def test_a_start_can_be_given_up_while_the_canary_sings():
+    """Its requests are under way on both workers: what `progress` raises, as the server's does on a signal, ends it."""
+
+    class GivenUp(Exception):
+        pass
+
+    def progress(text):
+        if text == "1P1D: canary":
+            raise GivenUp
+
+    deployment = Deployment.parse("1P1D", Budget.parse("cpu:2", tuple(sorted(os.sched_getaffinity(0)))))
+    with nothing_left(), pytest.raises(GivenUp):
+        Cluster(deployment, EngineSpec(), supervise=True, progress=progress)
