@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from disagg.cluster.cluster import WorkerStatus
 from disagg.cluster.status import Status
 from disagg.engine.batch import TokenLogprobs
-from disagg.errors import RequestError
+from disagg.errors import RequestError, WorkerLost
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
@@ -182,6 +182,12 @@ def test_what_cannot_be_decoded_names_its_field(kind, body, param):
         decode(kind, body)
     assert (caught.value.status, caught.value.param) == (400, param)
     assert len(caught.value.message) < 400
+
+
+def test_a_worker_that_is_missing_is_a_503():
+    """As for a forced route that cannot be had, or an audit that is not answered: later it may be."""
+    answer = problem_of(WorkerLost("Fewer than two workers are up.")).response()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
 def client_of(workers, stopping="", progress="loading"):

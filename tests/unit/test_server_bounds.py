@@ -15,7 +15,15 @@ from disagg.errors import RequestError
 from disagg.model.tokenizer import NoTokenizer
 from disagg.request import SamplingParams
 from disagg.server.app import create_app
-from disagg.server.asked import MOST_STOP_TOKENS, ChatRequest, CompletionRequest, RawPrompt, decode
+from disagg.server.asked import (
+    MOST_MESSAGES,
+    MOST_STOP_TOKENS,
+    MOST_STRINGS,
+    ChatRequest,
+    CompletionRequest,
+    RawPrompt,
+    decode,
+)
 from disagg.server.generating import for_choice
 from disagg.server.guards import Keys
 from disagg.server.http import Http
@@ -67,6 +75,29 @@ def test_a_field_of_megabytes_is_refused_by_its_length(kind, body, field, param)
     with pytest.raises(Problem) as caught:
         decode(kind, (body % ",".join([field] * 300_000)).encode())
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "unit"),
+    [
+        (CompletionRequest, '{"prompt": [%s]}', '"a"'),
+        (CompletionRequest, '{"prompt": "a", %s}', '"tools": null'),
+        (ChatRequest, '{"messages": [%s]}', '{"role": "user", "content": ""}'),
+        (ChatRequest, '{"messages": [{"role": "user", "content": [%s]}]}', '{"type": "text", "text": "\\\\"}'),
+    ],
+)
+def test_a_body_of_very_many_strings_is_refused_by_their_number(kind, body, unit):
+    """No object is made of them."""
+    with pytest.raises(Problem, match=f"{MOST_STRINGS} strings"):
+        decode(kind, (body % ",".join([unit] * 40_000)).encode())
+
+
+def test_quotes_within_a_text_are_no_strings():
+    """A prompt that is itself JSON, or a program, may have as many as it likes."""
+    text = 'say "a" \\ ' * 40_000
+    assert decode(CompletionRequest, msgspec.json.encode({"prompt": text})).prompt == text
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a" * 40}]}] * MOST_MESSAGES
+    assert len(decode(ChatRequest, msgspec.json.encode({"messages": messages})).messages) == MOST_MESSAGES
 
 
 def served(info):

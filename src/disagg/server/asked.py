@@ -24,6 +24,7 @@ MOST_STOP_TOKENS = 256
 MOST_MESSAGES = 2048
 
 _LARGE = 1 << 16  # bytes of JSON that are decoded without a second look
+MOST_STRINGS = 1 << 15  # in a body that is larger; a conversation with all the messages it may have has half of them
 _MAY_BE_LONG = ("prompt", "messages", "tokens")
 
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -243,11 +244,19 @@ def decode(kind: type[_Asked], body: bytes) -> _Asked:
 
 
 def _check_sizes(kind: type[msgspec.Struct], body: bytes) -> None:
-    """Raise Problem when a field that is never long is: making a million objects of it would hold up every stream."""
+    """Raise Problem for what a million objects would be made of: they would hold up every stream.
+
+    In another thread as well, for the decoder keeps the interpreter to itself.
+    """
     fields = msgspec.json.decode(body, type=_undecoded(kind))
     for name in kind.__struct_fields__:
         if name not in _MAY_BE_LONG and memoryview(getattr(fields, name)).nbytes > _LARGE:
             raise Problem(400, f"{name} is longer than {_LARGE} bytes.", param=name)
+    num_quotes = body.count(b'"')
+    if num_quotes > 2 * MOST_STRINGS:
+        num_quotes -= body.count(b'\\"')  # those within strings
+    if num_quotes > 2 * MOST_STRINGS:
+        raise Problem(400, f"The body holds more than {MOST_STRINGS} strings, which is the most this server takes.")
 
 
 @lru_cache
