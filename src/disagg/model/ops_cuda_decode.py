@@ -21,6 +21,7 @@ from disagg.model.ops import Rope, Step
 from disagg.model.ops_cuda_jit import after_previous, counters_on, kernel, launch, overlaps, release_next
 
 _MAX_PARTS = 32
+_SEEN = tl.constexpr(64)  # contexts looked at together
 _MIN_TILE = 16  # rows, and inputs, of a tensor core's tile
 
 
@@ -29,8 +30,8 @@ class DecodeTile(NamedTuple):
 
     keys: int = 32  # of one turn of the loop
     warps: int = 2
-    programs: int = 264  # that fill the GPU: two for each of 132 multiprocessors
-    least: int = 1  # turns of a part: a context shorter than this for each part is cut into fewer
+    programs: int = 1024  # the most that contexts are cut into, while that is more than one a context
+    goal: int = 396  # how many of them read about equally much: three for each of 132 multiprocessors
 
 
 _TILE = DecodeTile()
@@ -46,12 +47,12 @@ class Fused(NamedTuple):
 
 
 def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: DecodeTile = _TILE) -> int:
-    """Into how many parts a context is cut: enough to fill the GPU, none shorter than a turn of the loop.
+    """Into how many parts a context is cut at most: enough to fill the GPU, none shorter than a turn of the loop.
 
     A power of two, because each number is a kernel of its own, to be compiled before anything is served.
     """
     wanted = triton.cdiv(tile.programs, num_sequences * num_kv)
-    most = max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys * tile.least)))
+    most = max(1, min(wanted, _MAX_PARTS, triton.cdiv(max_context_len, tile.keys)))
     return 1 << (most.bit_length() - 1)
 
 
@@ -82,7 +83,7 @@ def attend_decodes(
         _decode_kernel, (num_sequences, num_kv, parts), source, pages, step.page_table, step.context_len, cos, sin,
         q_norm, k_norm, out, partial, peak, weight, counters, step.page_table.stride(0), layer, scale, eps,
         NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, HALF_BLOCK=max(_MIN_TILE, triton.next_power_of_2(size // 2)),
-        PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts, LEAST=tile.least,
+        PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts, GOAL=tile.goal,
         GROUP_BLOCK=max(_MIN_TILE, triton.next_power_of_2(num_heads // num_kv)), FUSED=fused is not None,
         HAS_ROPE=rope is not None, HAS_NORM=q_norm is not None,
         warps=tile.warps, early=early,
@@ -94,7 +95,7 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
     source, pages, page_table, context_len, cos, sin, q_norm, k_norm,
     out, partial, peak, weight, counters, table_width, layer, scale, eps,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, SIZE: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, GOAL: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, FUSED: tl.constexpr, HAS_ROPE: tl.constexpr,
     HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -127,10 +128,14 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
 
     past = length - 1 if FUSED else length  # keys to be read
     turns = tl.cdiv(past, KEYS)
-    turns_of_part = tl.maximum(tl.cdiv(turns, PARTS), LEAST)
-    parts = tl.maximum(tl.cdiv(turns, turns_of_part), 1)  # that have something to read
-    if part >= parts:
-        return
+    turns_of_part, parts = turns, 1
+    if PARTS > 1:  # parts of long and short contexts are about equally long, so that they end together
+        wanted = tl.maximum(tl.cdiv(_turns_of_all(context_len, KEYS) * NUM_KV, GOAL), 1)
+        pieces = tl.minimum(tl.maximum((turns + wanted // 2) // wanted, 1), PARTS)
+        turns_of_part = tl.maximum(tl.cdiv(turns, pieces), 1)
+        parts = tl.maximum(tl.cdiv(turns, turns_of_part), 1)
+        if part >= parts:
+            return
 
     begin = part * turns_of_part * KEYS
     end = tl.minimum(begin + turns_of_part * KEYS, past)
@@ -228,6 +233,17 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
                 out_row, partial + group_of * (GROUP * SIZE), peak + group_of * GROUP, weight + group_of * GROUP, parts,
                 channel, GROUP, SIZE, PARTS,
             )  # fmt: skip
+
+
+@kernel
+def _turns_of_all(context_len, KEYS: tl.constexpr):
+    """The turns that all sequences of the launch take."""
+    total = 0
+    for first in range(0, tl.num_programs(0), _SEEN):
+        sequence = first + tl.arange(0, _SEEN)
+        length = tl.load(context_len + sequence, mask=sequence < tl.num_programs(0), other=0)
+        total += tl.sum(tl.cdiv(length, KEYS))
+    return total
 
 
 @kernel

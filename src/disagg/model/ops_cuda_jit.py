@@ -20,12 +20,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run as Python on the CPU: slow, and right; for tests without a GPU."""
 
 # what changes from step to step, or lies where the step's other tensors leave room: compile once for all
-_NUMBERS = ("layer", "rows", "first", "num_sequences", "table_width")
+_NUMBERS = ("layer", "rows", "first", "num_sequences", "table_width", "num_tiles")
 _TENSORS = ("page_table", "query_start", "context_len", "positions", "slots")
 
 
@@ -46,6 +47,12 @@ def counters_on(device: torch.device) -> Tensor:
     Kernels of one stream share them. Made on first use, which has to be before a CUDA graph is captured.
     """
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of the largest kind run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -106,6 +113,8 @@ def _trait(arg: Any, value: Any) -> Any:
         return arg.dtype, value % 16 == 0
     if isinstance(arg, int):
         return value == 1, value % 16 == 0, value.bit_length() > 31
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, *arg.block_shape
     return type(arg)
 
 

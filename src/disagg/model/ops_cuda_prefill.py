@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from disagg.model.ops import Step
-from disagg.model.ops_cuda_jit import INTERPRETED, after_previous, kernel, launch, overlaps, release_next
+from disagg.model.ops_cuda_jit import (
+    INTERPRETED,
+    after_previous,
+    is_hopper,
+    kernel,
+    launch,
+    multiprocessors,
+    overlaps,
+    release_next,
+)
+from disagg.model.ops_cuda_prefill_hopper import HOPPER_ROWS, boxes, hopper_prefill_kernel
 
 _SEARCH = tl.constexpr(256)  # sequences looked at together to find a program's own
 
@@ -45,17 +55,28 @@ def attend_chunks(
     """Write the rows of out [T, Hq * D] that belong to sequences first, first + 1, ... of the step."""
     num_kv, page_size, size = pages.shape[3:]
     num_heads = q.shape[1]
-    tile = tile or prefill_tile(size, q.dtype)
-    tokens = tile.rows // (num_heads // num_kv)
     num_sequences = len(step.context_len) - first
+    share = num_heads // num_kv  # of a key/value head
+    tensors = (step.page_table, step.query_start, step.context_len, out)
+    numbers = (first, num_sequences, step.page_table.stride(0), layer, scale)
+    early = overlaps(q.device)
+    if tile is None and is_hopper(q.device, q.dtype) and size == 128 and page_size in (16, 32, 64, 128):
+        tokens = HOPPER_ROWS // share
+        num_tiles = ((len(q) - first) // tokens + num_sequences) * num_kv
+        launch(
+            hopper_prefill_kernel, (min(num_tiles, multiprocessors(q.device)),), q, boxes(pages), *tensors, *numbers,
+            num_tiles, NUM_HEADS=num_heads, NUM_KV=num_kv, PAGE_SIZE=page_size,
+            PAGE_ROWS=pages.stride(0) // size, TOKENS=tokens, KEYS=128, STAGES=2, early=early,
+        )  # fmt: skip
+        return
+    tile = tile or prefill_tile(size, q.dtype)
+    tokens = tile.rows // share
     # every sequence's last tile may be a partial one
-    grid = (num_kv, (len(q) - first) // tokens + num_sequences)
     launch(
-        _prefill_kernel, grid, q, pages, step.page_table, step.query_start, step.context_len, out, first,
-        num_sequences, step.page_table.stride(0), layer, scale,
+        _prefill_kernel, (num_kv, (len(q) - first) // tokens + num_sequences), q, pages, *tensors, *numbers,
         NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, SIZE_BLOCK=triton.next_power_of_2(size), PAGE_SIZE=page_size,
         PAGE_STRIDE=pages.stride(0), TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
-        warps=tile.warps, early=overlaps(q.device),
+        warps=tile.warps, early=early,
     )  # fmt: skip
 
 
