@@ -142,6 +142,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory: float = 0.9  # share of each GPU's memory the deployment may take, weights included, if kv_bytes is 0
     max_batch_tokens: int = 512  # positions a step may compute: the chunk size
     max_mixed_tokens: int | None = None  # the same where some of them are decodes; None: as above
+    enough_tokens: int | None = None  # a step with so many begins no other prompt; None: up to the limits
     max_running: int = 64
     chunked_prefill: bool = True
     prefix_caching: bool = False
@@ -152,8 +153,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise InputError(f"page_size must be a power of two, not {self.page_size}.")
         mixed = self.max_batch_tokens if self.max_mixed_tokens is None else self.max_mixed_tokens
-        if min(self.max_batch_tokens, mixed, self.max_running) < 1:
-            raise InputError("max_batch_tokens, max_mixed_tokens and max_running must be at least 1.")
+        enough = self.max_batch_tokens if self.enough_tokens is None else self.enough_tokens
+        if min(self.max_batch_tokens, mixed, enough, self.max_running) < 1:
+            raise InputError("max_batch_tokens, max_mixed_tokens, enough_tokens and max_running must be at least 1.")
         if self.max_mixed_tokens is not None and self.max_mixed_tokens < self.max_running:
             raise InputError(
                 f"max_mixed_tokens ({self.max_mixed_tokens}) must be at least max_running ({self.max_running}): "
@@ -185,9 +187,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **{limit: tokens})
 
 
-# 2,048 positions keep a GPU as busy as 8,192 for models from some billion weights on, and prompts that wait for one
-# another's end wait a quarter as long
-_ON_GPUS = {"dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 2048, "max_mixed_tokens": 1024, "max_running": 256}
+# 1,024 positions keep a GPU as busy as 8,192 for models from some billion weights on: a prompt is computed whole where
+# it can, and does not wait for others computed beside it
+_ON_GPUS = {
+    "dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 4096, "max_mixed_tokens": 1024, "enough_tokens": 1024,
+    "max_running": 256,
+}  # fmt: skip
 
 
 class SLO(msgspec.Struct, frozen=True):

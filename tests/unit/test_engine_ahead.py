@@ -4,13 +4,15 @@ The runner for GPUs runs here on a CPU: all of its code but the kernels and the 
 """
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from disagg.cache.pages import PagePool
 from disagg.cache.storage import KVStorage
-from disagg.clock import WallClock
+from disagg.clock import ManualClock, WallClock
+from disagg.engine.batch import Batch, Output
 from disagg.engine.engine import Engine
 from disagg.engine.runner import Runner
 from disagg.engine.runner_cuda import CudaRunner
@@ -115,3 +117,57 @@ def test_abort_in_the_middle_leaves_the_others_alone(loaded):
     assert {name: got for name, got in tokens.items() if name != "1"} == {
         name: got for name, got in expected.items() if name != "1"
     }
+
+
+class Steady:
+    """A device whose steps take 10 ms each, one after the other."""
+
+    ahead = True
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock, self._ends, self.idle_s = clock, 0.0, 0.0
+
+    def launch(self, batch: Batch) -> Callable[[], Output]:
+        self.idle_s += max(0.0, self._clock.now() - self._ends)
+        self._ends = end = max(self._ends, self._clock.now()) + 0.010
+
+        def collect() -> Output:
+            self._clock.sleep_until(end)
+            count = len(batch.sampling())
+            return Output([7] * count, [None] * count)
+
+        return collect
+
+
+def test_a_request_that_comes_during_a_step_is_in_the_next_one() -> None:
+    """While a step runs, the next is not planned before it must be; then it has the request, and the device no gap."""
+    clock = ManualClock()
+    scheduler = Scheduler(PagePool(64, 16), max_batch_tokens=64, max_running=8, max_len=96)
+    device = Steady(clock)
+    engine = Engine("test", scheduler, device, clock)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    scheduler.add(Request("early", 3, [1, 2, 3], params, frozenset(), 0.0))
+    planned: list[tuple[float, list[str]]] = []
+
+    def before(batch: Batch) -> None:
+        planned.append((clock.now(), [r.id for r in (*batch.decodes, *(chunk.request for chunk in batch.chunks))]))
+
+    assert engine.slack_s() == 0
+    for _ in range(3):
+        engine.step(before)
+        clock.advance(engine.slack_s())
+    assert engine.slack_s() == 0
+    assert engine.step_s == pytest.approx(0.010)
+    start = clock.now()
+    engine.step(before)
+    slack = engine.slack_s()
+    assert 0 < slack < 0.010
+    clock.advance(slack / 2)
+    scheduler.add(Request("late", 3, [1, 2, 3], params, frozenset(), 1.0))
+    clock.advance(engine.slack_s())
+    engine.step(before)
+    assert planned[-1][1] == ["early", "late"]
+    assert start < planned[-1][0] < start + 0.020
+    while engine.step(before) is not None:
+        clock.advance(engine.slack_s())
+    assert device.idle_s == 0

@@ -51,6 +51,19 @@ def test_beside_decodes_chunks_have_their_own_limit() -> None:
     assert lengths == [[3], [3], [3], [8], []]
 
 
+def test_a_step_with_enough_begins_no_other_prompt() -> None:
+    """`enough_tokens` ends a step between prompts, never within one."""
+    worker = FakeWorker(max_batch_tokens=16, enough_tokens=6)
+    for name, length, order in (("a", 4, 0), ("b", 9, 1), ("c", 3, 2), ("d", 20, 3)):
+        worker.scheduler.add(request(name, length, max_tokens=1, order=order))
+    batches = [worker.step() for _ in range(3)]
+    assert [chunks(batch) for batch in batches] == [
+        [("a", 0, 4, True), ("b", 0, 9, True)],
+        [("c", 0, 3, True), ("d", 0, 13, False)],
+        [("d", 13, 7, True)],
+    ]
+
+
 def test_first_come_first_served_by_order() -> None:
     """`order` decides, then the id; not the time of add."""
     worker = FakeWorker(max_batch_tokens=6)

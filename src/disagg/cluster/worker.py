@@ -89,6 +89,7 @@ class Worker:
             PagePool(hello.num_pages, spec.page_size),
             max_batch_tokens=spec.max_batch_tokens,
             max_mixed_tokens=spec.max_mixed_tokens,
+            enough_tokens=spec.enough_tokens,
             max_running=spec.max_running,
             max_len=spec.max_len,
             chunked_prefill=spec.chunked_prefill,
@@ -112,7 +113,6 @@ class Worker:
         self._withheld_until = 0.0
         self._draining = False
         self._num_steps = self._num_tokens = self._pulled_bytes = 0
-        self._step_s = 0.0
 
     def run(self, parent_fd: int, wake_fd: int) -> bool:
         """Loop until told to stop (True) or until `parent_fd` closes because the front end is gone (False).
@@ -124,7 +124,7 @@ class Worker:
         self._mailbox.send(FRONT, self._hello)
         busy = False
         while True:
-            messages, readable = self._mailbox.receive(0 if busy else _IDLE_S)
+            messages, readable = self._mailbox.receive(self._engine.slack_s() if busy else _IDLE_S)
             if parent_fd in readable:
                 return False
             if wake_fd in readable:
@@ -134,15 +134,16 @@ class Worker:
             busy = self.turn(messages)
 
     def turn(self, messages: Iterable[Any]) -> bool:
-        """Take in what has come, clean up, and do one step. Whether there was anything to compute."""
+        """Take in what has come, clean up, and do one step when it is time. Whether there was anything to compute."""
         for message in messages:
             self._on_message(message)
         self._tick()
-        start = self._clock.now()
+        if self._engine.slack_s() > 0:
+            self._flush()
+            return True
         stepped = self._engine.step(self._offer)
         if stepped is not None:
             self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + stepped.batch.num_tokens
-            self._step_s = self._clock.now() - start
             self._report(stepped)
         self._flush()
         return stepped is not None
@@ -311,7 +312,7 @@ class Worker:
         return Snapshot(
             now, conserve.count(scheduler, given, taken, len(self._withheld))._asdict(), scheduler.num_waiting,
             scheduler.num_running, len(given), len(taken), self._num_steps, self._num_tokens, self._pulled_bytes,
-            self._step_s, self._handoffs(len(given), len(taken)),
+            self._engine.step_s, self._handoffs(len(given), len(taken)),
         )  # fmt: skip
 
     def _handoffs(self, num_given: int, num_taken: int) -> dict[str, dict[str, int]]:

@@ -5,10 +5,11 @@ The engine knows nothing of sockets or of other workers. What it hands back is w
 With a runner that can run `ahead`, the next step is launched before the tokens of the last one are collected, so the
 device never waits for the host:
 
-    host      plan 2  launch 2 | collect 1, commit 1, report | plan 3  launch 3 | collect 2, commit 2 ...
-    device    ... step 1 ......| step 2 ..................................| step 3 ...
+    host      plan 2, launch 2 | collect 1, commit 1, report | slack: messages | plan 3, launch 3 | collect 2 ...
+    device    ...... step 1 ...| step 2 .........................................................| step 3 ...
 
-The price: a prompt that arrives waits for up to two steps, the one that runs and the one queued behind it.
+A prompt that arrives after a plan was made waits for that step, too. So the plan is made as late as the device allows:
+`slack_s` says how long the caller may do other things first.
 """
 
 import math
@@ -39,6 +40,11 @@ class Runs(Protocol):
         ...
 
 
+_LEAD_S = 0.002  # a step is planned and begins to be launched this long before the one ahead of it ends
+_SURE = 0.9  # the share of a step's expected time that is counted on
+_MOST_S = 0.05  # whatever is expected: what was wrongly long once is seen to be shorter only bit by bit
+
+
 class _Flight(NamedTuple):
     batch: Batch
     collect: Collect
@@ -65,6 +71,17 @@ class Engine:
         self._clock = clock
         self._flying: deque[_Flight] = deque()
         self._collected_at = -math.inf
+        self._pace: dict[bool, float] = {}  # seconds: of a position beside chunks (True), of a step of decodes (False)
+        self.step_s = 0.0  # of the last step collected
+
+    def slack_s(self) -> float:
+        """Seconds for which the next `step` had better wait, because the device is busy and a request may come."""
+        if not self._runner.ahead or len(self._flying) != 1:
+            return 0.0
+        batch, _, launched_at = self._flying[0]
+        expected_s = self._pace.get(bool(batch.chunks), 0.0) * (batch.num_tokens if batch.chunks else 1)
+        due = max(launched_at, self._collected_at) + min(_SURE * expected_s - _LEAD_S, _MOST_S)
+        return max(0.0, due - self._clock.now())
 
     def step(self, before: Callable[[Batch], None]) -> Stepped | None:
         """One step, or None when there is nothing to do. `before` sees each batch before it is launched."""
@@ -78,6 +95,10 @@ class Engine:
         batch, collect, launched_at = flying.popleft()
         output = collect()
         start, self._collected_at = max(launched_at, self._collected_at), self._clock.now()
+        self.step_s = self._collected_at - start
+        pace = self.step_s / (batch.num_tokens if batch.chunks else 1)
+        # towards the fastest of late: a host that comes too early loses little, one that comes late lets a device idle
+        self._pace[bool(batch.chunks)] = min(pace, 1.1 * self._pace.get(bool(batch.chunks), pace))
         self._account(batch, start, self._collected_at)
         tokens = [
             (request, token, logprobs)

@@ -47,6 +47,8 @@ class Scheduler:
         makes the youngest wait.
     max_mixed_tokens: the same for steps that have both decodes and chunks (None: no other limit). A long prompt beside
         them makes each wait for all of it and brings each one token; cut into chunks it brings them a token a chunk.
+    enough_tokens: once a step has so many positions no other request is begun in it (None: up to the limits). They are
+        enough to keep the device busy, and a prompt done early is not kept waiting for those computed beside it.
     max_running: requests computed in a step, and RUNNING ones before another is admitted. `adopt` may go beyond.
     max_len: tokens of a request, prompt and output.
     chunked_prefill: without it, what a request lacks is computed whole in one step: the first such request of a step
@@ -62,12 +64,14 @@ class Scheduler:
         max_running: int,
         max_len: int,
         max_mixed_tokens: int | None = None,
+        enough_tokens: int | None = None,
         chunked_prefill: bool = True,
         prefix_caching: bool = False,
     ) -> None:
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_mixed_tokens = min(max_mixed_tokens or max_batch_tokens, max_batch_tokens)
+        self.enough_tokens = min(enough_tokens or max_batch_tokens, max_batch_tokens)
         self.max_running = max_running
         self.max_len = max_len
         self.chunked_prefill = chunked_prefill
@@ -283,6 +287,8 @@ class Scheduler:
         behind, chunks = self._behind, batch.chunks
         while len(batch.decodes) + len(chunks) < self.max_running:
             if budget <= 0 and (self.chunked_prefill or chunks):
+                break
+            if chunks and batch.num_tokens >= self.enough_tokens:
                 break
             if len(chunks) == len(behind) and not self._admit():
                 break

@@ -16,8 +16,11 @@ hardware's copies of boxes (TMA) need.
 
 from __future__ import annotations
 
+import functools
 from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,10 +42,26 @@ _HALF = gl.constexpr(64)  # channels of half a head
 HOPPER_ROWS = 128  # of a tile
 
 
+class _Memory(NamedTuple):
+    """Of a tensor, what a descriptor wants to know."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 def boxes(pages: Tensor) -> TensorDescriptor:
     """The pool [P, L, 2, H, page_size, 128] as the kernel copies it: half heads of one page at a time."""
+    *_, page_size, size = pages.shape
+    return _boxes(_Memory(pages.data_ptr(), pages.dtype), pages.numel() // size, size, page_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _boxes(memory: _Memory, num_rows: int, size: int, page_size: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(pages.view(-1, pages.shape[-1]), [pages.shape[-2], 64], layout)
+    return TensorDescriptor(memory, [num_rows, size], [size, 1], [page_size, size // 2], layout)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -129,7 +148,7 @@ def _copy(
     num_bytes: gl.constexpr = 2 * keys.dtype.primitive_bitwidth // 8 * KEYS * _HALF
     count = 0
     for number in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        sequence, begin, num_rows, context, first_token, kv_head = _tile(
+        sequence, _begin, num_rows, context, first_token, kv_head = _tile(
             num_tiles - 1 - number, query_start, context_len, num_sequences, NUM_KV, TOKENS, 1
         )
         mine = table + sequence.to(gl.int64) * table_width
@@ -176,7 +195,7 @@ def _compute(
     q_first, q_second = queries.index(2 * GROUP), queries.index(2 * GROUP + 1)
     count, phase = 0, 0
     for number in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        sequence, begin, num_rows, context, first_token, kv_head = _tile(
+        _sequence, begin, num_rows, context, first_token, kv_head = _tile(
             num_tiles - 1 - number, query_start, context_len, num_sequences, NUM_KV, TOKENS, 4
         )
         turns = _turns(num_rows, context, first_token, TOKENS, KEYS)
@@ -201,7 +220,7 @@ def _compute(
             score = warpgroup_mma_wait(0, deps=(score,))
             mbarrier.arrive(bars.index(2 * STAGES + place), count=1)
             score = _masked(score, 0, position, KEYS, scores)
-            highest, total, share, fade = _softmax(score, highest, total, scale_2)
+            highest, total, share, _fade = _softmax(score, highest, total, scale_2)
             share = gl.convert_layout(share.to(dtype), left)
             unmasked = gl.maximum(gl.minimum((past + first_token + 1) // KEYS, turns), 1)
             for turn in range(1, unmasked):
