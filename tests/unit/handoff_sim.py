@@ -118,6 +118,9 @@ class Model:
     def launch(self, batch):
         return partial(self.compute, batch)
 
+    def busy(self):
+        return False
+
     def compute(self, batch):
         """As late as it can be, when it is collected: pages that were given away too early would show."""
         for request in batch.decodes:
@@ -181,9 +184,6 @@ class Sim(Worker):
     def turn(self, messages=()):
         self.touched = True
         return super().turn(messages)
-
-    def slack_s(self):
-        return self._engine.slack_s()
 
     def sums(self, pages):
         return [zlib.crc32(self.memory[page]) for page in pages] if self.checked else []

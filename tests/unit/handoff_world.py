@@ -242,7 +242,7 @@ class World:
                 if not sim.name.startswith(f"{without}."):
                     busy |= sim.turn()
             busy |= without != "front" and self.hear_all()
-            self.clock.advance(max([0.001, *(sim.slack_s() for sim in self.live.values())]))  # devices take their time
+            self.clock.advance(0.001)
         return busy
 
     def hear_all(self):

@@ -35,6 +35,7 @@ from disagg.transfer.base import Transport
 
 KV_DTYPE = "float32"  # of the cache on the CPU, whatever the weights are stored as
 _OUTCOMES = ("started", "done", "failed", "expired", "aborted")
+_WATCH_S = 0.001  # between looks at whether a device that was expected to be busy still is
 _IDLE_S = 0.05  # the longest nap of an idle loop; a busy one cleans up once a step
 
 
@@ -124,7 +125,7 @@ class Worker:
         self._mailbox.send(FRONT, self._hello)
         busy = False
         while True:
-            messages, readable = self._mailbox.receive(self._engine.slack_s() if busy else _IDLE_S)
+            messages, readable = self._mailbox.receive(min(self._engine.slack_s(), _WATCH_S) if busy else _IDLE_S)
             if parent_fd in readable:
                 return False
             if wake_fd in readable:

@@ -39,10 +39,13 @@ class Runs(Protocol):
         """Start `batch`, as its requests are now."""
         ...
 
+    def busy(self) -> bool:
+        """Whether the batch launched last is still being computed; asked only of those that run `ahead`."""
+        ...
 
-_LEAD_S = 0.002  # a step is planned and begins to be launched this long before the one ahead of it ends
+
+_LEAD_S = 0.001  # a step is launched this long before the one ahead of it is expected to end
 _SURE = 0.9  # the share of a step's expected time that is counted on
-_MOST_S = 0.05  # whatever is expected: what was wrongly long once is seen to be shorter only bit by bit
 
 
 class _Flight(NamedTuple):
@@ -60,6 +63,11 @@ class Stepped(NamedTuple):
     holding: list[Request]  # prompts done for another worker; their pages stay until the hand-off releases them
 
 
+def _kind(batch: Batch) -> tuple[bool, int]:
+    """Steps that take about equally long: with or without chunks, and the power of two of their positions."""
+    return bool(batch.chunks), batch.num_tokens.bit_length()
+
+
 class Engine:
     """Scheduler and runner under one clock, with a Facts per live request in `ledger`."""
 
@@ -71,16 +79,17 @@ class Engine:
         self._clock = clock
         self._flying: deque[_Flight] = deque()
         self._collected_at = -math.inf
-        self._pace: dict[bool, float] = {}  # seconds: of a position beside chunks (True), of a step of decodes (False)
+        self._pace: dict[tuple[bool, int], float] = {}  # seconds of steps of a kind, see `_kind`
+        self._launch_s = 0.0  # the host took to launch the last step
         self.step_s = 0.0  # of the last step collected
 
     def slack_s(self) -> float:
         """Seconds for which the next `step` had better wait, because the device is busy and a request may come."""
-        if not self._runner.ahead or len(self._flying) != 1:
+        if not self._runner.ahead or len(self._flying) != 1 or not self._runner.busy():
             return 0.0
         batch, _, launched_at = self._flying[0]
-        expected_s = self._pace.get(bool(batch.chunks), 0.0) * (batch.num_tokens if batch.chunks else 1)
-        due = max(launched_at, self._collected_at) + min(_SURE * expected_s - _LEAD_S, _MOST_S)
+        expected_s = self._pace.get(_kind(batch), 0.0)
+        due = max(launched_at, self._collected_at) + _SURE * expected_s - self._launch_s - _LEAD_S
         return max(0.0, due - self._clock.now())
 
     def step(self, before: Callable[[Batch], None]) -> Stepped | None:
@@ -90,15 +99,15 @@ class Engine:
             before(batch)
             launched_at = self._clock.now()
             flying.append(_Flight(batch, runner.launch(batch), launched_at))
+            self._launch_s = self._clock.now() - launched_at
         if not flying:
             return None
         batch, collect, launched_at = flying.popleft()
         output = collect()
         start, self._collected_at = max(launched_at, self._collected_at), self._clock.now()
         self.step_s = self._collected_at - start
-        pace = self.step_s / (batch.num_tokens if batch.chunks else 1)
-        # towards the fastest of late: a host that comes too early loses little, one that comes late lets a device idle
-        self._pace[bool(batch.chunks)] = min(pace, 1.1 * self._pace.get(bool(batch.chunks), pace))
+        # towards the fastest of late: a plan that comes too early costs little, one too late lets the device idle
+        self._pace[_kind(batch)] = min(self.step_s, 1.1 * self._pace.get(_kind(batch), self.step_s))
         self._account(batch, start, self._collected_at)
         tokens = [
             (request, token, logprobs)

@@ -31,6 +31,10 @@ class Runner:
         """Nothing runs beside the host here: the step is computed when it is collected."""
         return partial(self.run, batch)
 
+    def busy(self) -> bool:
+        """Nothing is, between steps."""
+        return False
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> Output:
         """Compute the batch's positions, write their keys and values into the requests' pages, and sample.

@@ -128,6 +128,11 @@ class CudaRunner:
             logits = self._forward_mixed(batch, packed, self._staging.view(starts), self._staging.view(last))
         return self._finish(logits, sampling, choosing)
 
+    def busy(self) -> bool:
+        """See `Runs`."""
+        event = self._returning[self._turn].event
+        return event is not None and not event.query()
+
     def _pack(self, batch: Batch, rows: np.ndarray, size: int) -> _Packed:
         """Put the arrays of the positions. Decodes first, padded to `size`; then chunks."""
         decodes, staging, page_size = batch.decodes, self._staging, self.storage.page_size
