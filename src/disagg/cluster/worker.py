@@ -139,10 +139,11 @@ class Worker:
         for message in messages:
             self._on_message(message)
         self._tick()
+        self._engine.launch(self._offer)
         if self._engine.slack_s() > 0:
             self._flush()
             return True
-        stepped = self._engine.step(self._offer)
+        stepped = self._engine.collect()
         if stepped is not None:
             self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + stepped.batch.num_tokens
             self._report(stepped)

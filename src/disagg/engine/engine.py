@@ -84,7 +84,7 @@ class Engine:
         self.step_s = 0.0  # of the last step collected
 
     def slack_s(self) -> float:
-        """Seconds for which the next `step` had better wait, because the device is busy and a request may come."""
+        """Seconds for which the next plan had better wait, because the device is busy and a request may come."""
         if not self._runner.ahead or len(self._flying) != 1 or not self._runner.busy():
             return 0.0
         batch, _, launched_at = self._flying[0]
@@ -93,16 +93,29 @@ class Engine:
         return max(0.0, due - self._clock.now())
 
     def step(self, before: Callable[[Batch], None]) -> Stepped | None:
-        """One step, or None when there is nothing to do. `before` sees each batch before it is launched."""
+        """One step, or None when there is nothing to do: for a caller to whom nothing comes meanwhile."""
+        self.launch(before, late=False)
+        return self.collect()
+
+    def launch(self, before: Callable[[Batch], None], late: bool = True) -> None:
+        """Plan and start what there is room for in flight; if `late`, not before it is time (`slack_s`).
+
+        `before` sees each batch before it is launched.
+        """
         scheduler, runner, flying = self.scheduler, self._runner, self._flying
-        while len(flying) <= runner.ahead and (batch := scheduler.plan(runner.ahead)) is not None:
+        while len(flying) <= runner.ahead and not (late and self.slack_s() > 0):
+            if (batch := scheduler.plan(runner.ahead)) is None:
+                break
             before(batch)
             launched_at = self._clock.now()
             flying.append(_Flight(batch, runner.launch(batch), launched_at))
             self._launch_s = self._clock.now() - launched_at
-        if not flying:
+
+    def collect(self) -> Stepped | None:
+        """Wait for the oldest step in flight; None if there is none."""
+        if not self._flying:
             return None
-        batch, collect, launched_at = flying.popleft()
+        batch, collect, launched_at = self._flying.popleft()
         output = collect()
         start, self._collected_at = max(launched_at, self._collected_at), self._clock.now()
         self.step_s = self._collected_at - start
@@ -114,7 +127,7 @@ class Engine:
             for request, token, logprobs in zip(batch.sampling(), output.tokens, output.logprobs, strict=True)
             if request.status is Status.RUNNING  # others ended while it was in flight
         ]
-        committed = scheduler.commit(batch, output)
+        committed = self.scheduler.commit(batch, output)
         return Stepped(batch, tokens, committed.finished, committed.holding)
 
     def _account(self, batch: Batch, start: float, end: float) -> None:
