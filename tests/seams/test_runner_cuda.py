@@ -81,6 +81,19 @@ def test_graphs_and_running_ahead_change_no_token(dtype, tmp_path):
         assert serve(on_gpu(loaded), params, lengths) == expected, "the same seeds give the same tokens"
 
 
+def test_nothing_is_compiled_after_the_warm_up(tmp_path):
+    """Whatever is served then, in steps of all kinds, every kernel with its constants has been there before."""
+    from disagg.model import ops_cuda_jit
+
+    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype="bfloat16", device="cuda")
+    runner = on_gpu(loaded)
+    warm = {key[:-1] for key in ops_cuda_jit._compiled}  # the last part only says how arguments divide
+    lengths = [1, 5, 16, 17, 40, 64, 65, 90, 100, 3, 30, 120, 15, 31, 33, 70]
+    params = [SamplingParams(temperature=n % 2, max_tokens=10 + 2 * n, ignore_eos=True) for n in range(len(lengths))]
+    serve(runner, params, lengths)
+    assert {key[:-1] for key in ops_cuda_jit._compiled} == warm
+
+
 def test_smollm2_greedy_tokens_are_those_of_the_cpu():
     """A real model in float32."""
     try:

@@ -10,6 +10,7 @@ captured size. Everything is one stream, so a step starts when the one before ha
 On a CPU the same code runs without graphs, for tests.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -268,18 +269,28 @@ class CudaRunner:
         for size in reversed(self._graphs.sizes):
             if sizes is None or size in sizes:
                 self._capture(size)
+        beside = min(2, length)  # a chunk of one position would be one more decode to the kernels
         for kind in range(len(kinds)):
             self.launch(Batch(decodes=requests[kind : kind + 1]))()
-            self.launch(Batch(requests[kind : kind + 1], [Chunk(requests[kind - 1], 0, 1, False)]))()
-        short = [
-            Request(f"warm-up short {n}", 1, [0, 0], kinds[0], frozenset(), 0.0, num_computed=2, pages=held[:1])
-            for n in range(self._max_running)
-        ]
-        if sizes is None:  # decodes beside a chunk run other kernels for other numbers of them
-            for size in ladder(self._max_running - 1) if self._max_running > 1 else []:
-                decodes = [requests[0], *short[: size - 1]]
-                self.launch(Batch(decodes, [Chunk(requests[1], 0, 1, False)]))()
+            self.launch(Batch(requests[kind : kind + 1], [Chunk(requests[kind - 1], 0, beside, False)]))()
+        if sizes is None:
+            self._run_beside(requests, Chunk(requests[1], 0, beside, False), held)
         self._row.clear()
+
+    def _run_beside(self, requests: list[Request], chunk: Chunk, held: list[int]) -> None:
+        """Decodes beside a chunk run other kernels for other numbers and lengths of them: one step for each."""
+
+        def decode(name: str, num_computed: int) -> Request:
+            tokens = [0] * num_computed
+            return Request(
+                name, 1, tokens, SamplingParams(temperature=0), frozenset(), 0.0, num_computed=num_computed, pages=held
+            )
+
+        for length in itertools.takewhile(lambda length: length <= self._max_len, (32 << n for n in range(6))):
+            self.launch(Batch([decode(f"warm-up of {length}", length)], [chunk]))()
+        short = [decode(f"warm-up short {n}", 2) for n in range(self._max_running)]
+        for size in ladder(self._max_running - 1) if self._max_running > 1 else []:
+            self.launch(Batch([requests[0], *short[: size - 1]], [chunk]))()
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
