@@ -263,17 +263,18 @@ def time_rows() -> Iterator[Line]:
     yield Line("silu, 8192 rows", graph_ms([lambda: ops.silu_mul(gate_up)] * 10), 1.5 * gate_up.nbytes, 0)
 
 
-# keys, warps, programs, least turns of a part
+# keys, warps, most programs, programs that read about equally much
 DECODE_TILES = [
-    (32, 2, 264, 1), (64, 4, 264, 1), (32, 2, 4608, 8), (32, 2, 2304, 8), (32, 2, 4608, 4), (64, 4, 4608, 4),
-    (16, 1, 528, 1),
+    (32, 2, 264, 264), (32, 2, 1024, 264), (32, 2, 1024, 396), (32, 2, 1024, 528), (32, 2, 2112, 792),
+    (64, 4, 1024, 396),
 ]  # fmt: skip
 DECODES = {
     "1 x 256": [(1, 256)], "8 x 256": [(1, 256)] * 8, "32 x 256": [(1, 256)] * 32, "128 x 256": [(1, 256)] * 128,
-    "32 x 2048": [(1, 2048)] * 32, "144 x 100 to 1100": [(1, 100 + 7 * index) for index in range(144)],
+    "32 x 2048": [(1, 2048)] * 32, "20 x 1000 to 3090": [(1, 1000 + 110 * index) for index in range(20)],
+    "144 x 100 to 1100": [(1, 100 + 7 * index) for index in range(144)],
 }  # fmt: skip
 PREFILL_TILES = [(128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (64, 64, 4, 5)]
-PREFILLS = [[(2048, 2048)] * 4, [(512, 4096)] * 4, [(128, 128)]]
+PREFILLS = [[(2048, 2048)] * 4, [(2048, 2048)], [(8192, 8192)], [(512, 4096)] * 4, [(128, 128)]]
 
 
 def compile_tiles() -> None:
