@@ -78,13 +78,14 @@ class InstantCluster:
     def workers(self):  # noqa: D102
         return []
 
-    def check(self, asked): ...  # noqa: D102
-
-    def submit(self, prompt, params, **rest):  # noqa: D102
-        record = Record(request_id=f"{next(self._ids):032x}", index=0, prompt_len=len(prompt))
-        record.scheduled_at, record.max_tokens = rest["scheduled_at"], params.max_tokens
-        self._live[record.request_id] = (record, itertools.cycle(self._text))
-        return record.request_id
+    def submit_all(self, asked, *, scheduled_at, deadline_s):  # noqa: D102
+        records = []
+        for prompt, params, _ in asked:
+            record = Record(request_id=f"{next(self._ids):032x}", index=0, prompt_len=len(prompt))
+            record.scheduled_at, record.max_tokens = scheduled_at, params.max_tokens
+            self._live[record.request_id] = (record, itertools.cycle(self._text))
+            records.append(record.request_id)
+        return records
 
     def abort(self, request_id):  # noqa: D102
         return self._live.pop(request_id, (None,))[0]
