@@ -156,15 +156,10 @@ class Served:
         params = SamplingParams(temperature=0, max_tokens=max_tokens)
         self.scheduler.add(Request(name, prompt_len, [1] * prompt_len, params, frozenset(), self.clock.now()))
 
-    def wait(self) -> None:
-        """As a worker does, which looks again every millisecond."""
-        while (slack := self.engine.slack_s()) > 0:
-            self.clock.advance(min(slack, 0.001))
-
     def step(self) -> bool:
-        self.engine.launch(self._before)
-        self.wait()
-        self.engine.launch(self._before)
+        """As a worker does it, which looks again every millisecond."""
+        while self.engine.launch(self._before):
+            self.clock.advance(min(self.engine.slack_s(), 0.001))
         return self.engine.collect() is not None
 
     def _before(self, batch: Batch) -> None:

@@ -139,8 +139,7 @@ class Worker:
         for message in messages:
             self._on_message(message)
         self._tick()
-        self._engine.launch(self._offer)
-        if self._engine.slack_s() > 0:
+        if self._engine.launch(self._offer):
             self._flush()
             return True
         stepped = self._engine.collect()

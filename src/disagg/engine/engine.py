@@ -97,19 +97,22 @@ class Engine:
         self.launch(before, late=False)
         return self.collect()
 
-    def launch(self, before: Callable[[Batch], None], late: bool = True) -> None:
+    def launch(self, before: Callable[[Batch], None], late: bool = True) -> bool:
         """Plan and start what there is room for in flight; if `late`, not before it is time (`slack_s`).
 
-        `before` sees each batch before it is launched.
+        `before` sees each batch before it is launched. True: it is not time yet, and there is nothing to collect.
         """
         scheduler, runner, flying = self.scheduler, self._runner, self._flying
-        while len(flying) <= runner.ahead and not (late and self.slack_s() > 0):
+        while len(flying) <= runner.ahead:
+            if late and self.slack_s() > 0:
+                return True
             if (batch := scheduler.plan(runner.ahead)) is None:
                 break
             before(batch)
             launched_at = self._clock.now()
             flying.append(_Flight(batch, runner.launch(batch), launched_at))
             self._launch_s = self._clock.now() - launched_at
+        return False
 
     def collect(self) -> Stepped | None:
         """Wait for the oldest step in flight; None if there is none."""
