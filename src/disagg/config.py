@@ -142,7 +142,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory: float = 0.9  # share of each GPU's memory the deployment may take, weights included, if kv_bytes is 0
     max_batch_tokens: int = 512  # positions a step may compute: the chunk size
     max_mixed_tokens: int | None = None  # the same where some of them are decodes; None: as above
-    enough_tokens: int | None = None  # a step with so many begins no other prompt; None: up to the limits
+    enough_tokens: int | None = None  # a step with so many takes no other prompt; None: up to the limits
     max_running: int = 64
     chunked_prefill: bool = True
     prefix_caching: bool = False
@@ -168,7 +168,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def on(cls, kind: DeviceKind, **given: Any) -> "EngineSpec":
         """The fields given, except for those that are None, over the defaults for this kind of device.
 
-        Whoever gives `max_batch_tokens` means every step: the default for mixed ones then does not apply.
+        Whoever gives `max_batch_tokens` means every step: the default for mixed ones then does not apply. That of
+        `enough_tokens` does: a larger limit is for longer prompts, not for more of them.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
         if "max_batch_tokens" in chosen:

@@ -27,6 +27,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from disagg.model.ops_cuda import CudaOps  # noqa: E402 - Triton reads the variable when kernels are defined
+from disagg.model.ops_cuda_decode import Fused, attend_decodes  # noqa: E402
 from disagg.model.ops_cuda_linear import Extras, small_product  # noqa: E402
 
 # Triton 3.6's interpreter relies on something numpy deprecated, and removed in 2.4
@@ -135,6 +136,28 @@ def test_rotate_and_store(heads: tuple[int, int, int], rotary: bool, norms: bool
     assert_close(written, expected, BOUNDS[dtype])
     same = expected == pages.float()
     assert torch.equal(written[same], pages[same])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the bad request, interpreted
+@pytest.mark.parametrize("sequences", [MIXED, DECODES], ids=["mixed", "decodes"])
+def test_values_in_pages_are_finite(sequences: list[tuple[int, int]]) -> None:
+    """What is no number in one request reaches no page, where the next owner would read it with weight 0."""
+    num_heads, num_kv, size = HEADS[0]
+    dtype, kv_row = DTYPES[-1], (num_heads + num_kv) * size
+    step, num_pages = make_step(sequences, 16)
+    step = replace(on_device(step), max_query_len=max(new for new, _ in sequences))
+    qkv, pages = (draw(*shape, dtype=dtype) for shape in ((len(step.tokens), kv_row + num_kv * size),
+                                                          (num_pages, 1, 2, num_kv, 16, size)))  # fmt: skip
+    for row, bad in enumerate((float("inf"), float("-inf"), float("nan"))):
+        qkv[row, kv_row + 3] = bad
+    if step.max_query_len == 1:
+        out = torch.empty(len(qkv), num_heads * size, device=DEVICE, dtype=dtype)
+        attend_decodes(qkv, 0, pages, step, 0.1, out, len(sequences), Fused(None, None, None, 0.0))
+    else:
+        CudaOps(dtype).rotate_and_store(qkv, step, 0, pages, None, None, None, 0.0)
+    assert pages.isfinite().all()
+    slots = step.slots[:3]
+    assert (pages[slots // 16, 0, 1, 0, slots % 16, 3] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,8 +2,8 @@
 
     loop:  read the inbox ─▶ tick both hand-off sides ─▶ one step of the engine ─▶ tell the front end what happened
 
-Nothing in the loop waits, except for the inbox when there is nothing else to do. Copies run beside it, in the
-transport's thread.
+The loop waits for its device at the end of a step, and for the inbox when there is nothing else to do or it is early to
+plan the next one. Copies run beside it, in the transport's thread.
 
 A request may come more than once: when a worker dies the front end calls off the attempt and sends the next one.
 Messages of different senders overtake one another, so what counts is the number: a later attempt ends earlier ones.

@@ -2,8 +2,8 @@
 
 The engine knows nothing of sockets or of other workers. What it hands back is what happened in one step.
 
-With a runner that can run `ahead`, the next step is launched before the tokens of the last one are collected, so the
-device never waits for the host:
+With a runner that can run `ahead`, the next step is launched before the tokens of the last one are collected, so that
+the device need not wait for the host:
 
     host      plan 2, launch 2 | collect 1, commit 1, report | slack: messages | plan 3, launch 3 | collect 2 ...
     device    ...... step 1 ...| step 2 .........................................................| step 3 ...
@@ -80,7 +80,7 @@ class Engine:
         self._flying: deque[_Flight] = deque()
         self._collected_at = -math.inf
         self._pace: dict[tuple[bool, int], float] = {}  # seconds of steps of a kind, see `_kind`
-        self._launch_s = 0.0  # the host took to launch the last step
+        self._launch_s = 0.0  # the host took to plan and launch the last step
         self.step_s = 0.0  # of the last step collected
 
     def slack_s(self) -> float:
@@ -106,12 +106,13 @@ class Engine:
         while len(flying) <= runner.ahead:
             if late and self.slack_s() > 0:
                 return True
+            begun_at = self._clock.now()
             if (batch := scheduler.plan(runner.ahead)) is None:
                 break
             before(batch)
             launched_at = self._clock.now()
             flying.append(_Flight(batch, runner.launch(batch), launched_at))
-            self._launch_s = self._clock.now() - launched_at
+            self._launch_s = self._clock.now() - begun_at
         return False
 
     def collect(self) -> Stepped | None:

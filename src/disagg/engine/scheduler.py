@@ -47,7 +47,7 @@ class Scheduler:
         makes the youngest wait.
     max_mixed_tokens: the same for steps that have both decodes and chunks (None: no other limit). A long prompt beside
         them makes each wait for all of it and brings each one token; cut into chunks it brings them a token a chunk.
-    enough_tokens: once a step has so many positions no other request is begun in it (None: up to the limits). They are
+    enough_tokens: once a step has so many positions no other chunk is taken into it (None: up to the limits). They are
         enough to keep the device busy, and a prompt done early is not kept waiting for those computed beside it.
     max_running: requests computed in a step, and RUNNING ones before another is admitted. `adopt` may go beyond.
     max_len: tokens of a request, prompt and output.
@@ -284,11 +284,11 @@ class Scheduler:
     def _plan_chunks(self, batch: Batch) -> None:
         """First those already admitted, then new ones, oldest first; nobody overtakes the one that lacks room."""
         budget = self.max_mixed_tokens - len(batch.decodes) if batch.decodes else self.max_batch_tokens
-        behind, chunks = self._behind, batch.chunks
+        behind, chunks, computed = self._behind, batch.chunks, len(batch.decodes)
         while len(batch.decodes) + len(chunks) < self.max_running:
             if budget <= 0 and (self.chunked_prefill or chunks):
                 break
-            if chunks and batch.num_tokens >= self.enough_tokens:
+            if chunks and computed >= self.enough_tokens:
                 break
             if len(chunks) == len(behind) and not self._admit():
                 break
@@ -303,6 +303,7 @@ class Scheduler:
             request.num_computed += length
             chunks.append(Chunk(request, start, length, request.num_computed == len(request.tokens)))
             budget -= length
+            computed += length
         if chunks:
             self._behind = [request for request in behind if request.num_computed < len(request.tokens)]
 

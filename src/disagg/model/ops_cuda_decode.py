@@ -1,9 +1,9 @@
 """Attention of decodes for `CudaOps`: one query row a sequence, bound by reading keys and values once.
 
 A program takes one sequence, one key/value head with all query heads that share it, and a part of the context
-(FlashDecoding: Dao et al., 2023). The number of parts is fixed when the kernel is launched, so a CUDA graph can hold
-it; how long a part is follows from the context's length, read on the device. The program that finishes a sequence's
-last part joins them, which saves a kernel.
+(FlashDecoding: Dao et al., 2023). The most parts there can be are fixed when the kernel is launched, so a CUDA graph
+can hold it; how many are used, and how long they are, follows from the lengths of all contexts, read on the device. The
+program that finishes a sequence's last part joins them, which saves a kernel.
 
 In a step of decodes alone the same kernel also norms and rotates query and key and writes the new key and value.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from disagg.model.ops import Rope, Step
 from disagg.model.ops_cuda_jit import after_previous, counters_on, kernel, launch, overlaps, release_next
+from disagg.model.ops_cuda_rows import only_finite
 
 _MAX_PARTS = 32
 _SEEN = tl.constexpr(64)  # contexts looked at together
@@ -190,7 +191,7 @@ def _decode_kernel(  # noqa: C901 - most branches are decided when it is compile
             place = kv_base + own_page * PAGE_STRIDE + past % PAGE_SIZE * SIZE
             tl.store(place + half, k_first, mask=in_half)
             tl.store(place + HALF + half, k_second, mask=in_half)
-            tl.store(place + KV_STRIDE + channel, value, mask=in_head)
+            tl.store(place + KV_STRIDE + channel, only_finite(value), mask=in_head)
         own = tl.sum(q_first.to(tl.float32) * k_first.to(tl.float32)[None, :], axis=1)
         own += tl.sum(q_second.to(tl.float32) * k_second.to(tl.float32)[None, :], axis=1)
         highest = tl.where(part == 0, own * scale_2, float("-inf"))

@@ -130,8 +130,17 @@ def _rotate_kernel(
         tl.store(pages + at_page + HALF, second, mask=written)
         at += NUM_KV * SIZE
         at_page += NUM_KV * PAGE_SIZE * SIZE
-        tl.store(pages + at_page, tl.load(qkv + at, mask=written, other=0.0), mask=written)
-        tl.store(pages + at_page + HALF, tl.load(qkv + at + HALF, mask=written, other=0.0), mask=written)
+        tl.store(pages + at_page, only_finite(tl.load(qkv + at, mask=written, other=0.0)), mask=written)
+        tl.store(pages + at_page + HALF, only_finite(tl.load(qkv + at + HALF, mask=written, other=0.0)), mask=written)
+
+
+@kernel
+def only_finite(value):
+    """Values as they are written into pages: 0 for what is no finite number.
+
+    A page's next owner may read what the last one left behind its own, with weight 0; of infinity 0 times is no number.
+    """
+    return tl.where(tl.abs(value.to(tl.float32)) < float("inf"), value, 0.0).to(value.dtype)
 
 
 def rotate_and_store(
