@@ -2,7 +2,8 @@
 
 A real server of each deployment on two cores. A stream is read for some tokens and its connection closed; from then
 on `/audit` is asked until no worker holds a page. The time is that at which the answer is here, the audit's own time
-included. The limit: a worker hears of it between two steps, so the step in flight has to end.
+included. The limit: a worker hears of it between two steps, so the step in flight has to end. In a stream that is one
+token; while a prompt is computed it is a chunk of 512 positions, so clients that leave then are a row of their own.
 
     python bench/disconnect.py [--model smollm2] [--out FILE]
 
@@ -14,6 +15,7 @@ import contextlib
 import json
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ import httpx
 import numpy as np
 
 DEPLOYS, TRIES, PROMPT = ("1P1D", "2C"), 40, list(range(2, 66))
+LONG, LONG_TRIES, LEAVE_S = list(range(2, 202)) * 5, 6, 0.03  # a prompt of two chunks, left while the first is computed
 _GIVE_UP_S = 20.0
 
 
@@ -51,11 +54,25 @@ def free_after(client: httpx.Client, read: int) -> tuple[float, float]:
             if next(lines).startswith("data:"):
                 times.append(time.perf_counter())
         start = time.perf_counter()
+    return _all_free(client, start), (times[-1] - times[0]) / (read - 1)
+
+
+def free_after_leaving_a_prompt(client: httpx.Client) -> float:
+    """Seconds from the close until no worker holds a page, for a client that did not wait for the first token."""
+    body = json.dumps({"prompt": LONG, "max_tokens": 4, "stream": True}).encode()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        time.sleep(LEAVE_S)
+    return _all_free(client, time.perf_counter())
+
+
+def _all_free(client: httpx.Client, start: float) -> float:
     while True:
         workers = client.get("/audit").raise_for_status().json()["workers"]
         now = time.perf_counter()
         if not any(worker["held"] for worker in workers):
-            return now - start, (times[-1] - times[0]) / (read - 1)
+            return now - start
         if now - start > _GIVE_UP_S:
             sys.exit(f"Pages are still held {_GIVE_UP_S:g} s after the client went away: {workers}")
 
@@ -87,10 +104,12 @@ def main() -> None:
             for _ in range(3):
                 free_after(client, 5)
             tries = [free_after(client, 5 + number % 7) for number in range(TRIES)]
+            long = milliseconds([free_after_leaving_a_prompt(client) for _ in range(LONG_TRIES)])
             free, audits = milliseconds([one for one, _ in tries]), [idle_audit(client) for _ in range(TRIES)]
         token, audit = float(np.median([gap for _, gap in tries])) * 1e3, float(np.median(audits)) * 1e3
-        found[deploy] = free | {"token_ms": round(token, 2), "audit_ms": round(audit, 2)}
+        found[deploy] = free | {"token_ms": round(token, 2), "audit_ms": round(audit, 2), "in_the_prompt": long}
         print(f"{deploy:>6}{free['p50']:>10.1f}{free['p99']:>8.1f}{free['worst']:>8.1f}{token:>9.1f}{audit:>15.1f}")
+        print(f"{'':>6}{long['p50']:>10.1f}{'':>8}{long['worst']:>8.1f}   in a prompt of {len(LONG):,} tokens")
     text = json.dumps(found)
     print(text)
     if options.out is not None:
