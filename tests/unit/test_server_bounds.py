@@ -50,6 +50,23 @@ def test_parameters_are_checked_once_however_many_choices():
     assert [(choice.seed, choice.temperature) for choice in choices] == [((1 << 63) - 1, -1.0), (0, -1.0), (1, -1.0)]
 
 
+@pytest.mark.parametrize("prompt", ['["a", []%s]', '[[1], "a"%s]', '[1, "a"%s]', "[[1], 1%s]"])
+def test_a_prompt_of_texts_and_ids_is_refused_whatever_its_length(prompt):
+    """Before what it holds is made, where that is much."""
+    for more in ("", ", []" * 100_000):
+        with pytest.raises(Problem, match=r"^prompt must be a text") as caught:
+            decode(CompletionRequest, (f'{{"prompt": {prompt % more}}}').encode()).prompts()
+        assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_a_field_given_twice_cannot_hide_what_the_first_one_holds():
+    """Of a large body; in a small one the last counts, as in most JSON."""
+    body = '{"prompt": [%s], "prompt": "x"}'
+    assert decode(CompletionRequest, (body % "[1]").encode()).prompts() == ["x"]
+    with pytest.raises(Problem, match="twice"):
+        decode(CompletionRequest, (body % ", ".join(["[1]"] * 100_000)).encode())
+
+
 @pytest.mark.parametrize(
     ("prompt", "lists", "longest"),
     [("[1, 2,3]", 1, 3), ("[]", 1, 1), ("[[1, 2], [3]]", 2, 2), ('"[1, 2]"', 0, 0), ('["a, b"]', 0, 0), ("null", 0, 0)],

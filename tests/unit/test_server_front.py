@@ -317,7 +317,7 @@ def test_a_reader_that_stops_reading_does_not_grow_memory(monkeypatch):
 
 
 def test_a_deployment_that_fails_ends_everything():
-    """Exchanges and calls get an answer, before and after; the error is kept for whoever runs the server."""
+    """Exchanges and calls get an answer, before and after, and a Record; the error is kept for the runner."""
 
     async def scenario(cluster, front, records):
         exchange = await opened(front, ASK)
@@ -325,6 +325,7 @@ def test_a_deployment_that_fails_ends_everything():
         with pytest.raises(Problem, match="stopping"):
             await exchange.next()
         assert isinstance(front.failure, WorkerLost)
+        assert len(records) == 1
         with pytest.raises(Problem):
             await front.open([ASK], 0.0, 9.0).next()
         with pytest.raises(Problem):

@@ -111,8 +111,11 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return engines
 
 
+_NO_PROMPT = "prompt must be a text, a list of token ids, or a list of texts or of lists of ids."
+
+
 class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
-    """POST /v1/completions. `prompt`: a text, token ids, or a list of either for a batch."""
+    """POST /v1/completions. `prompt`: a text, token ids, or for a batch a list of texts or a list of lists of ids."""
 
     prompt: str | list[int | str | list[int]]
     max_tokens: int | None = None  # None: 16, as in the OpenAI API
@@ -125,8 +128,8 @@ class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
         kinds = set(map(type, self.prompt))
         if kinds == {int}:
             return [cast("list[int]", self.prompt)]
-        if int in kinds or not self.prompt:
-            raise Problem(400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt")
+        if len(kinds) != 1:  # none, or texts beside ids
+            raise Problem(400, _NO_PROMPT, param="prompt")
         return cast("list[str | list[int]]", self.prompt)
 
 
@@ -246,17 +249,35 @@ def decode(kind: type[_Asked], body: bytes) -> _Asked:
 def _check_sizes(kind: type[msgspec.Struct], body: bytes) -> None:
     """Raise Problem for what a million objects would be made of: they would hold up every stream.
 
-    In another thread as well, for the decoder keeps the interpreter to itself.
+    Decoding in another thread would not help: the decoder does not let go of the interpreter.
     """
     fields = msgspec.json.decode(body, type=_undecoded(kind))
+    rest = len(body)
     for name in kind.__struct_fields__:
-        if name not in _MAY_BE_LONG and memoryview(getattr(fields, name)).nbytes > _LARGE:
+        size = memoryview(getattr(fields, name)).nbytes
+        if name not in _MAY_BE_LONG and size > _LARGE:
             raise Problem(400, f"{name} is longer than {_LARGE} bytes.", param=name)
+        rest -= size
+    if rest > _LARGE:  # a field given twice is decoded twice, and seen here once
+        for name in kind.__struct_fields__:
+            if body.count(f'"{name}"'.encode()) > 1:
+                raise Problem(400, f"{name} is given twice.", param=name)
+    if isinstance(prompt := getattr(fields, "prompt", None), msgspec.Raw):
+        _check_mixture(bytes(prompt))
     num_quotes = body.count(b'"')
     if num_quotes > 2 * MOST_STRINGS:
         num_quotes -= body.count(b'\\"')  # those within strings
     if num_quotes > 2 * MOST_STRINGS:
         raise Problem(400, f"The body holds more than {MOST_STRINGS} strings, which is the most this server takes.")
+
+
+def _check_mixture(prompt: bytes) -> None:
+    """Raise Problem for a list of texts and other things, before these are made."""
+    if prompt.startswith(b"[") and b'"' in prompt:
+        try:
+            msgspec.json.decode(prompt, type=list[str])  # ends at the first that is no text
+        except msgspec.ValidationError:
+            raise Problem(400, _NO_PROMPT, param="prompt") from None
 
 
 @lru_cache

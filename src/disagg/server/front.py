@@ -197,11 +197,13 @@ class Front:
                 cluster.watch(self._bell)
                 self._cluster = cluster
                 self._loop.call_soon_threadsafe(self.settled.set)
-                while not self._stopping:
-                    self._turn(cluster)
-                for choice in list(self._choices.values()):
-                    self._abort(cluster, choice.exchange)
-                    self._news.append((choice.exchange.fail, _over()))
+                try:
+                    while not self._stopping:
+                        self._turn(cluster)
+                finally:  # also when the deployment fails: what was under way gets its Record
+                    for choice in list(self._choices.values()):
+                        self._abort(cluster, choice.exchange)
+                        self._news.append((choice.exchange.fail, _over()))
         except _Stopped:
             pass
         except BaseException as error:  # whatever it is, the event loop must hear of it
