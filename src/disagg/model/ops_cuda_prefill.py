@@ -60,13 +60,8 @@ def attend_chunks(
     tensors = (step.page_table, step.query_start, step.context_len, out)
     numbers = (first, num_sequences, step.page_table.stride(0), layer, scale)
     early = overlaps(q.device)
-    if (
-        tile is None
-        and is_hopper(q.device, q.dtype)
-        and size == 128
-        and page_size in (16, 32, 64, 128)
-        and share <= 128
-    ):
+    fits = size == 128 and page_size in (16, 32, 64, 128) and share <= HOPPER_ROWS
+    if tile is None and fits and is_hopper(q.device, q.dtype):
         tokens = HOPPER_ROWS // share
         num_tiles = ((len(q) - first) // tokens + num_sequences) * num_kv
         launch(

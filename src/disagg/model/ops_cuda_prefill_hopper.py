@@ -144,8 +144,6 @@ def _copy(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: all turns of all tiles of the program. Past a context its last page is copied again."""
-    NUM_PAGES: gl.constexpr = KEYS // PAGE_SIZE
-    num_bytes: gl.constexpr = 2 * keys.dtype.primitive_bitwidth // 8 * KEYS * _HALF
     count = 0
     for number in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         sequence, _begin, num_rows, context, first_token, kv_head = _tile(
@@ -156,25 +154,33 @@ def _copy(
         for turn in range(_turns(num_rows, context, first_token, TOKENS, KEYS)):
             place, round_before = count % STAGES, (count // STAGES & 1) ^ 1
             mbarrier.wait(bars.index(2 * STAGES + place), round_before)
-            mbarrier.expect(bars.index(place), num_bytes)
-            for index in gl.static_range(NUM_PAGES):
-                page = gl.load(mine + gl.minimum(turn * NUM_PAGES + index, (context - 1) // PAGE_SIZE))
-                for half in gl.static_range(2):
-                    tma.async_copy_global_to_shared(
-                        pages, [page * PAGE_ROWS + first_row, half * _HALF], bars.index(place),
-                        keys.index(2 * place + half).slice(index * PAGE_SIZE, PAGE_SIZE),
-                    )  # fmt: skip
+            _copy_turn(
+                pages, mine, turn, context, first_row, keys, place, bars.index(place), PAGE_SIZE, PAGE_ROWS, KEYS
+            )
             mbarrier.wait(bars.index(3 * STAGES + place), round_before)
-            mbarrier.expect(bars.index(STAGES + place), num_bytes)
-            for index in gl.static_range(NUM_PAGES):
-                page = gl.load(mine + gl.minimum(turn * NUM_PAGES + index, (context - 1) // PAGE_SIZE))
-                for half in gl.static_range(2):
-                    tma.async_copy_global_to_shared(
-                        pages, [page * PAGE_ROWS + first_row + NUM_KV * PAGE_SIZE, half * _HALF],
-                        bars.index(STAGES + place),
-                        values.index(2 * place + half).slice(index * PAGE_SIZE, PAGE_SIZE),
-                    )  # fmt: skip
+            _copy_turn(
+                pages, mine, turn, context, first_row + NUM_KV * PAGE_SIZE, values, place, bars.index(STAGES + place),
+                PAGE_SIZE, PAGE_ROWS, KEYS,
+            )  # fmt: skip
             count += 1
+
+
+@gluon.jit
+def _copy_turn(
+    pages, table, turn, context, first_row, target, place, there, PAGE_SIZE: gl.constexpr, PAGE_ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+):  # fmt: skip
+    """Start copying the keys, or the values, of one turn into their place; `there` counts the bytes that arrive."""
+    NUM_PAGES: gl.constexpr = KEYS // PAGE_SIZE
+    num_bytes: gl.constexpr = 2 * target.dtype.primitive_bitwidth // 8 * KEYS * _HALF
+    mbarrier.expect(there, num_bytes)
+    for index in gl.static_range(NUM_PAGES):
+        page = gl.load(table + gl.minimum(turn * NUM_PAGES + index, (context - 1) // PAGE_SIZE))
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                pages, [page * PAGE_ROWS + first_row, half * _HALF], there,
+                target.index(2 * place + half).slice(index * PAGE_SIZE, PAGE_SIZE),
+            )  # fmt: skip
 
 
 @gluon.jit
