@@ -96,6 +96,7 @@ def test_too_much_at_once_is_a_429_with_retry_after(server):
     """More choices than the queue holds, or more requests than allowed: refused whole, and what runs goes on."""
     answer = post(server, {**SHORT, "n": 5})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")  # it never fits
+    assert answer.json()["error"]["param"] == "n"
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**ENDLESS, "n": 2}, headers=KEY) as running:
         unread = running.iter_lines()
         next(unread)

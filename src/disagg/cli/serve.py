@@ -26,7 +26,7 @@ _ANY = ("0.0.0.0", "::")
 _GIB, _MIB = 1 << 30, 1 << 20
 # options that go on as they are
 _OF_ENGINE = ("random_weights", "dtype", "max_len", "max_batch_tokens", "prefix_caching")
-_OF_SERVER = ("max_prompt_len", "max_choices", "max_requests")
+_OF_SERVER = ("max_prompt_len", "max_requests")
 
 
 @click.command(
@@ -140,6 +140,7 @@ def _settings(name: str, options: dict[str, Any]) -> "Settings":
         max_body_bytes=int(_positive("--max-body", options["max_body"]) * _MIB),
         deadline_s=_positive("--deadline", options["deadline"]),
         drain_s=_positive("--drain", options["drain"]),
+        max_choices=min(options["max_choices"], options["max_queue"]),  # for more there is never room
         **{name: options[name] for name in _OF_SERVER},
     )
 

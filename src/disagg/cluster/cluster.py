@@ -41,6 +41,10 @@ MOST_ATTEMPTS = 5  # of one request: one that kills every worker it meets must n
 _HEARTBEAT_S = 0.25
 _AUDIT_S = 5.0  # how long a worker may take to answer, the step that it is in included
 _LONGEST_RETRY_AFTER_S = 60.0
+_NO_PAIR = (
+    "Fewer than two workers are left, and none is started again after failing five times in a row: nothing can be "
+    "handed over. Restart the deployment, or let this request be colocated."
+)
 
 
 class Cluster:
@@ -85,8 +89,8 @@ class Cluster:
         self._ledger = Ledger(self._over)
         self._recent = Recent()
         self._snapshots: dict[str, Snapshot] = {}  # by address: the last one of each worker
-        self._parked: list[str] = []  # requests that wait for a worker to come up
-        self._held_back: list[Update] = []  # news that came while somebody waited for an audit
+        self._parked: dict[str, None] = {}  # requests that wait for a worker to come up, oldest first
+        self._untold: list[Update] = []  # news for the next `poll`
         self._audits = Audits()
         self._open = contextlib.ExitStack()  # what `close` has to undo, whatever it came to
         try:
@@ -144,7 +148,8 @@ class Cluster:
         asked = (prompt, params, routing)
         self._check([asked])
         pinned = None if route is None else Route(*(self._supervisor.named(name).worker for name in route))
-        return self._admit(asked, scheduled_at=scheduled_at, deadline_s=deadline_s, index=index, pinned=pinned)
+        (one,) = self._admit([asked], scheduled_at=scheduled_at, deadline_s=deadline_s, index=index, pinned=pinned)
+        return one
 
     def submit_all(
         self, asked: Sequence[Asked], *, scheduled_at: float | None = None, deadline_s: float = math.inf
@@ -155,7 +160,7 @@ class Cluster:
         WorkerLost when one asks for two workers and fewer are up.
         """
         self._check(asked)
-        return [self._admit(one, scheduled_at=scheduled_at, deadline_s=deadline_s) for one in asked]
+        return self._admit(asked, scheduled_at=scheduled_at, deadline_s=deadline_s)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Record | None:
         """End a request now; returns its Record, or None when it is over already. Its pages are freed behind us."""
@@ -164,26 +169,15 @@ class Cluster:
     def poll(self, timeout_s: float) -> list[Update]:
         """What happened since the last call, after waiting up to `timeout_s` for the first news.
 
-        Raises WorkerLost when a worker process has died and nobody restarts it.
+        Raises WorkerLost when a worker process has died and nobody restarts it, or no worker can be kept alive; what
+        came before that is returned first.
         """
-        updates, self._held_back = self._held_back, []
-        messages, readable = self._mailbox.receive(0.0 if updates else timeout_s)
-        now = self._clock.now()
-        for message in messages:
-            self._on_message(message, now, updates)
-        deaths = self._supervisor.check(readable)
-        if deaths:
-            self._mourn(deaths, updates)
-        for request_id in self._ledger.overdue(now):
-            record = self._cut_off(request_id, FinishReason.ERROR, "It was not done by its deadline.", expired=True)
-            updates.append(Update(request_id, [], [], record))
-        for worker, silent in self._supervisor.silent().items():
-            self._router.set_silent(worker, silent)
-        for seat in self._supervisor.seats.values():
-            if seat.draining and not self._ledger.that_need(seat.worker):
-                self._send(seat.worker, m.Stop())
-                seat.draining = False  # said; should it not have heard, its next heartbeat starts anew
-        self._audits.settle(now, self._supervisor.up)
+        try:
+            self._turn(0.0 if self._untold else timeout_s)
+        except WorkerLost:
+            if not self._untold:
+                raise  # else by the next call
+        updates, self._untold = self._untold, []
         return updates
 
     def watch(self, fd: int) -> None:
@@ -248,8 +242,7 @@ class Cluster:
         told: list[list[m.AuditReport] | WorkerLost] = []
         self.begin_audit(told.append)
         while not told:
-            kept, self._held_back = self._held_back, []
-            self._held_back = kept + self.poll(0.1)
+            self._turn(0.1)
         if isinstance(told[0], WorkerLost):
             raise told[0]
         return told[0]
@@ -270,14 +263,23 @@ class Cluster:
             raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
         if len(self._router.workers) < 2 and any(routing == "disaggregated" for _, _, routing in asked):
             self._ledger.counts["refused"] += len(asked)
-            raise WorkerLost("Fewer than two workers are up, so nothing can be handed over: retry later.")
+            hope = "Fewer than two workers are up, so nothing can be handed over: retry later."
+            raise WorkerLost(hope if self._supervisor.num_left > 1 else _NO_PAIR)
 
-    def _admit(self, asked: Asked, **rest: Any) -> str:
-        """Take one that has been checked. `rest`: see `entry.opened`."""
-        live = entry.opened(asked, self._clock.now(), arm=self.deployment.name, eos=self._eos, **rest)
-        self._ledger.open(live)
-        self._place(live)
-        return live.record.request_id
+    def _admit(self, asked: Sequence[Asked], **rest: Any) -> list[str]:
+        """Take all of these, which have been checked, or none. `rest`: see `entry.opened`."""
+        now, arm = self._clock.now(), self.deployment.name
+        lives = [entry.opened(one, now, arm=arm, eos=self._eos, **rest) for one in asked]
+        ids = [live.record.request_id for live in lives]
+        try:
+            for live in lives:
+                self._ledger.open(live)
+                self._place(live)
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        return ids
 
     def _send(self, worker: str, message: m.Message) -> None:
         """To a worker that lives; what a dead one should have done is done for it."""
@@ -298,8 +300,9 @@ class Cluster:
             policy=policies.ROUTINGS[live.routing] if live.routing else None,
         )  # fmt: skip
         if decision is None:
-            self._parked.append(record.request_id)
+            self._parked[record.request_id] = None
             return
+        self._parked.pop(record.request_id, None)
         live.route, record.estimates = decision.route, list(decision.estimates)
         record.prefill_worker, record.decode_worker = live.route
         self._mailbox.send(live.route.prefill, live.submit())
@@ -339,11 +342,33 @@ class Cluster:
 
     def _over(self, record: Record) -> None:
         """A request is over, however it ended."""
+        self._parked.pop(record.request_id, None)
         self._router.ended(record.request_id)
         self._router.observe(record)
         self._recent.add(record, self._clock.now())
 
     # Receiving
+
+    def _turn(self, timeout_s: float) -> None:
+        """Take in what there is, after waiting for it, and do what is due; for the caller it goes into `_untold`."""
+        messages, readable = self._mailbox.receive(timeout_s)
+        now, updates = self._clock.now(), self._untold
+        for message in messages:
+            self._on_message(message, now, updates)
+        deaths = self._supervisor.check(readable)
+        if deaths:
+            self._mourn(deaths, updates)
+        self._give_up(updates)
+        for request_id in self._ledger.overdue(now):
+            record = self._cut_off(request_id, FinishReason.ERROR, "It was not done by its deadline.", expired=True)
+            updates.append(Update(request_id, [], [], record))
+        for worker, silent in self._supervisor.silent().items():
+            self._router.set_silent(worker, silent)
+        for seat in self._supervisor.seats.values():
+            if seat.draining and not self._ledger.that_need(seat.worker):
+                self._send(seat.worker, m.Stop())
+                seat.draining = False  # said; should it not have heard, its next heartbeat starts anew
+        self._audits.settle(now, self._supervisor.up)
 
     def _on_message(self, message: Any, now: float, updates: list[Update]) -> None:
         if isinstance(message, m.Progress):
@@ -378,10 +403,8 @@ class Cluster:
         seat = self._supervisor.hello(message)
         if seat is not None and seat.up:
             self._router.add(WorkerView(message.worker, seat.config.spec.role))
-            parked, self._parked = self._parked, []
-            for request_id in parked:
-                if request_id in self._ledger:
-                    self._place(self._ledger[request_id])
+            for request_id in list(self._parked):
+                self._place(self._ledger[request_id])
 
     def _mourn(self, deaths: list[Death], updates: list[Update]) -> None:
         """Tell those who are left, then send again what needed the dead."""
@@ -393,3 +416,10 @@ class Cluster:
         for worker, reason in deaths:
             for request_id in self._ledger.that_need(worker):
                 self._retry(request_id, reason, updates)
+
+    def _give_up(self, updates: list[Update]) -> None:
+        """End what waits for two workers and will never have them. That none is left at all, `check` raises."""
+        if self._parked and self._supervisor.num_left < 2:
+            for request_id in list(self._parked):
+                if self._ledger[request_id].routing == "disaggregated":
+                    self._end(request_id, FinishReason.ERROR, _NO_PAIR, updates)

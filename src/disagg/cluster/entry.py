@@ -23,7 +23,10 @@ def check(asked: Sequence[Asked], deployment: Deployment, engine: EngineSpec, vo
     for prompt, params, routing in asked:
         limits.validate(prompt, params, engine, vocab_size, num_pages)
         if routing == "disaggregated" and len(deployment.workers) < 2:
-            raise RequestError(f"{deployment.name} has one worker: nothing can be handed over.")
+            raise RequestError(
+                f"disagg_route cannot be disaggregated on {deployment.name}: it has one worker, so nothing can be "
+                "handed over. Leave it out, or deploy two."
+            )
 
 
 def opened(

@@ -89,6 +89,7 @@ class Supervisor:
         self._silence_s = silence_s
         self._template = fork_from
         self._checked_at = clock.now()
+        self._last_death = ""  # why, as a sentence
 
     @property
     def page_bytes(self) -> int:
@@ -99,6 +100,11 @@ class Supervisor:
     def up(self) -> list[str]:
         """Workers that can be sent work."""
         return [seat.worker for seat in self.seats.values() if seat.up]
+
+    @property
+    def num_left(self) -> int:
+        """How many workers are up, or may still come up."""
+        return sum(seat.process is not None or seat.num_starts < _MOST_STARTS for seat in self.seats.values())
 
     def start(self, waiting_for: Callable[[list[str]], None]) -> None:
         """Start every worker and return when all are ready. `waiting_for` is told now and then which are not.
@@ -182,7 +188,7 @@ class Supervisor:
     def check(self, readable: Sequence[int]) -> list[Death]:
         """Notice the dead, given the file descriptors that are readable now, and start what is to be started.
 
-        Without restarts the first death raises WorkerLost; with them it is raised when no worker is left to hope for.
+        Without restarts a death raises WorkerLost; with them it is raised while no worker is left to hope for.
         """
         now = self._clock.now()
         self._excuse(now)
@@ -194,11 +200,12 @@ class Supervisor:
                     raise WorkerLost(reason)
                 self._bury(seat, process, now)
                 deaths.append(Death(process.config.worker, reason))
+                self._last_death = reason
         for seat in self.seats.values():
             if seat.process is None and now >= seat.since and seat.num_starts < _MOST_STARTS:
                 self._launch(seat)
-        if deaths and all(seat.process is None and seat.num_starts >= _MOST_STARTS for seat in self.seats.values()):
-            raise WorkerLost(f"No worker could be kept alive; the last one: {deaths[-1].reason}")
+        if not self.num_left:
+            raise WorkerLost(f"No worker could be kept alive; the last one: {self._last_death}")
         return deaths
 
     def close(self) -> None:
