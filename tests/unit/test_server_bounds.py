@@ -119,7 +119,7 @@ def test_quotes_within_a_text_are_no_strings():
 
 def served(info):
     cluster = SimpleNamespace(info=info, engine=SimpleNamespace(max_len=99, page_size=1), num_pages=99)
-    front = SimpleNamespace(cluster=lambda: cluster, workers=[], note=lambda records: None)
+    front = SimpleNamespace(cluster=lambda: cluster, workers=[], note=lambda records, exchange: None)
     return TestClient(create_app(State(Settings(model="m"), front, Metrics(lambda: None)), Keys([]), frozenset()))
 
 

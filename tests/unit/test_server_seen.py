@@ -34,8 +34,8 @@ def samples(metrics, name):
 
 
 def test_a_worker_keeps_its_series_when_it_is_started_again():
-    """Busy time is by name, as the gauges are; a request that no worker ever had adds no series and no look-up."""
-    metrics = Metrics(lambda: None)
+    """Busy time is by name and role, as the gauges are; one that no worker ever had adds no series and no look-up."""
+    metrics = Metrics(lambda: None, lambda: {"C0": "both"})
     for epoch in range(2):
         record = Record(request_id=str(epoch), index=epoch, prompt_len=3, output_len=1, finish_reason="stop")
         record.prefill_worker = record.decode_worker = f"C0.{epoch}"
@@ -43,7 +43,8 @@ def test_a_worker_keeps_its_series_when_it_is_started_again():
         metrics.add(record)
     metrics.add(Record(request_id="never", index=2, prompt_len=5, output_len=0, finish_reason="abort"))
     busy = {tuple(sorted(s.labels.items())): s.value for s in samples(metrics, "disagg_worker_busy_seconds")}
-    assert busy == {(("phase", "prefill"), ("worker", "C0")): 1.0, (("phase", "decode"), ("worker", "C0")): 0.5}
+    who = (("role", "both"), ("worker", "C0"))
+    assert busy == {(("phase", "prefill"), *who): 1.0, (("phase", "decode"), *who): 0.5}
     assert [s.value for s in samples(metrics, "disagg_prefix_cache_queries")] == [6]
 
 

@@ -12,7 +12,7 @@ from disagg.server import live, openapi, other
 from disagg.server.asked import FIELDS
 from disagg.server.generating import chat_completions, completions
 from disagg.server.guards import Guard, Keys
-from disagg.server.problems import Problem, problem_of
+from disagg.server.problems import Problem, told
 from disagg.server.state import State
 
 
@@ -39,7 +39,7 @@ def create_app(state: State, keys: Keys, hosts: frozenset[str]) -> ASGIApp:
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
-    problem = request.scope["disagg.problem"] = problem_of(error, FIELDS)
+    problem = request.scope["disagg.problem"] = told(error, request.scope, FIELDS)
     return problem.response()
 
 

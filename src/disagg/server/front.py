@@ -12,7 +12,6 @@ it is, the more tokens of a stream share the cost of a write.
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 from collections import deque
@@ -22,15 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from disagg.cluster.cluster import Cluster, Update, WorkerStatus
 from disagg.cluster.messages import AuditReport
-from disagg.errors import DisaggError
 from disagg.model.tokenizer import Detokenizer, NoTokenizer
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
 from disagg.server.exchange import Ask, Exchange, Piece
 from disagg.server.problems import Problem, unavailable
 from disagg.text import Detokenizes, TextStream
-
-log = logging.getLogger("disagg.serve")
 
 _POLL_S = 0.25
 
@@ -99,7 +95,7 @@ class Front:
     # On the event loop
 
     def start(self) -> None:
-        """Start the thread, which builds the deployment."""
+        """Start the thread, which builds the deployment. Raises RuntimeError when there can be no further thread."""
         self._thread.start()
 
     def cluster(self) -> Cluster:
@@ -119,34 +115,44 @@ class Front:
         exchange.fail(why)
         self._command(lambda cluster: self._abort(cluster, exchange))
 
-    def note(self, records: Sequence[Record]) -> None:
-        """Pass on Records of what never came to the Cluster."""
-        self._command(lambda cluster: [self._on_record(record) for record in records])
+    def note(self, records: Sequence[Record], exchange: Exchange | None) -> None:
+        """Pass on Records of what never came to the Cluster; unless its exchange did, which has Records then.
+
+        Only the thread knows: it may be sending the exchange at the moment in which its client leaves.
+        """
+        self._command(lambda cluster: self._note(records, exchange))
 
     async def call(self, function: Callable[[Cluster], _T]) -> _T:
-        """Run `function` in the front thread and return its result; every token waits meanwhile. Raises DisaggError."""
-        done: asyncio.Future[_T] = self._promise()
-        self._command(lambda cluster: self._call(cluster, function, done))
-        return await done
+        """Run `function` in the front thread and return its result; every token waits meanwhile. Raises what it raises,
+        and Problem.
+        """
+        result: _T = await self._ask(lambda cluster, done: self._answer(done, function(cluster)))
+        return result
 
     async def audit(self) -> list[AuditReport]:
         """Where every page of every worker is, once all have said so; no token waits for it. Raises DisaggError."""
-        done: asyncio.Future[list[AuditReport]] = self._promise()
-        self._command(lambda cluster: self._begin_audit(cluster, done))
-        return await done
+        reports: list[AuditReport] = await self._ask(
+            lambda cluster, done: cluster.begin_audit(partial(self._answer, done))
+        )
+        return reports
 
     async def stop(self) -> None:
         """End every exchange, stop the workers and the thread. May be called twice."""
         if not self._ended.is_set():
             self._stopping = True
-            os.eventfd_write(self._bell, 1)
-            await self._ended.wait()
+            if self._thread.ident is None:  # it was not started, or could not be
+                self._finish()
+            else:
+                os.eventfd_write(self._bell, 1)
+                await self._ended.wait()
 
-    def _promise(self) -> "asyncio.Future[Any]":
+    async def _ask(self, ask: "Callable[[Cluster, asyncio.Future[Any]], None]") -> Any:
+        """Let the thread do something that answers the future, now or later."""
         done: asyncio.Future[Any] = self._loop.create_future()
         self._asking.add(done)
         done.add_done_callback(self._asking.discard)
-        return done
+        self._command(lambda cluster: self._call(cluster, ask, done))
+        return await done
 
     def _overflow(self, exchange: Exchange) -> None:
         self.abort(exchange, Problem(408, "The client does not read its answer; the request was ended."))
@@ -161,7 +167,8 @@ class Front:
 
     def _finish(self) -> None:
         """The thread has nothing more to do."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._ended.set()
         self.settled.set()
         while self._commands:
@@ -231,6 +238,8 @@ class Front:
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _submit(self, cluster: Cluster | None, exchange: Exchange) -> None:
+        if exchange.failure is not None:
+            return  # nobody waits for it any more
         try:
             if cluster is None:
                 raise _over()
@@ -242,8 +251,6 @@ class Front:
                 wants_offsets = exchange.asks[place].params.logprobs is not None
                 self._choices[request_id] = _Choice(exchange, place, text, wants_offsets)
         except Exception as error:  # whatever is wrong with this request, the others go on
-            if not isinstance(error, DisaggError | Problem):
-                log.exception("A request could not be sent")
             self._news.append((exchange.fail, error))
             self._abort(cluster, exchange)
 
@@ -260,30 +267,48 @@ class Front:
                 if record is not None:
                     self._on_record(record)
 
-    def _call(self, cluster: Cluster | None, function: Callable[[Cluster], _T], done: "asyncio.Future[_T]") -> None:
+    def _note(self, records: Sequence[Record], exchange: Exchange | None) -> None:
+        if exchange is None or not exchange.request_ids:
+            for record in records:
+                self._on_record(record)
+
+    def _call(
+        self,
+        cluster: Cluster | None,
+        ask: "Callable[[Cluster, asyncio.Future[Any]], None]",
+        done: "asyncio.Future[Any]",
+    ) -> None:
         try:
             if cluster is None:
                 raise _over()
-            result = function(cluster)
-        except (DisaggError, Problem) as error:
+            ask(cluster, done)
+        except Exception as error:  # whatever it is, who asked hears of it and the others go on
             self._answer(done, error)
-        else:
-            self._answer(done, result)
-
-    def _begin_audit(self, cluster: Cluster | None, done: "asyncio.Future[Any]") -> None:
-        if cluster is None:
-            self._answer(done, _over())
-        else:
-            cluster.begin_audit(partial(self._answer, done))
 
     def _answer(self, done: "asyncio.Future[Any]", result: Any) -> None:
         self._news.append((partial(_settle, done), result))
 
     def _take(self, cluster: Cluster, update: Update) -> None:
-        """Tokens become a piece. A stop string ends the request, with the token that completed it."""
         choice = self._choices.get(update.request_id)
         if choice is None:
             return
+        try:
+            piece = self._piece(cluster, update, choice)
+        except Exception as error:  # of a tokenizer, say: it ends this exchange, the others go on
+            self._news.append((choice.exchange.fail, error))
+            self._over(update.record)
+            self._abort(cluster, choice.exchange)
+        else:
+            self._over(piece.record)
+            self._news.append((choice.exchange, piece))
+
+    def _over(self, record: Record | None) -> None:
+        if record is not None:
+            del self._choices[record.request_id]
+            self._on_record(record)
+
+    def _piece(self, cluster: Cluster, update: Update, choice: _Choice) -> Piece:
+        """Tokens become text. A stop string ends the request, with the token that completed it."""
         stream, record = choice.text, update.record
         texts: list[str] = []
         offsets: list[int] = []
@@ -301,9 +326,7 @@ class Front:
             rest = stream.push((), final=True)
             texts = [*texts[:-1], texts[-1] + rest] if texts else [rest]
             finish = FinishReason.STOP if stream.stopped else record.finish_reason
-            del self._choices[update.request_id]
-            self._on_record(record)
-        self._news.append((choice.exchange, Piece(choice.place, texts, tokens, logprobs, finish, record, offsets)))
+        return Piece(choice.place, texts, tokens, logprobs, finish, record, offsets)
 
 
 def _tell(exchanges: Iterable[Exchange]) -> None:

@@ -18,18 +18,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from disagg.record import Record
 from disagg.request import FinishReason
 from disagg.server.exchange import Ask, Exchange
-from disagg.server.problems import Problem, unavailable
+from disagg.server.problems import Problem, gone, told, unavailable
 from disagg.server.state import State
 
 log = logging.getLogger("disagg.serve")
 
+_GONE = gone().status
 _OPEN = ("/", "/health", "/static/")  # hold nothing that a key should guard
 _TOKENS = ("/v1/completions", "/v1/chat/completions")  # leaves Records
 _WORK = (*_TOKENS, "/tokenize", "/detokenize", "/audit")  # counts against the limit
 _QUIET = ("/health", "/metrics", "/live", "/static/")  # asked again and again: logged only when they fail
 
 
-_STRANGERS = (401, 415, 421, 499)  # who may not ask leaves no Record, nor who went away before asking
+_STRANGERS = (401, 415, 421)  # who may not ask leaves no Record
 
 
 class Keys:
@@ -69,7 +70,7 @@ class Guard:
             return
         path = scope["path"]
         request_id = scope["disagg.id"] = uuid.uuid4().hex
-        started_at, status = time.monotonic(), 499  # unless an answer begins, the client went away
+        started_at, status = time.monotonic(), _GONE  # unless an answer begins, the client went away
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -78,14 +79,20 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        is_work = path in _WORK
-        self._state.num_requests += is_work
+        is_work = False
         try:
             self._check(scope, path)
+            is_work = path in _WORK  # what is refused holds no place, however slowly its client takes the answer
+            self._state.num_requests += is_work
             await self._app(scope, receive, sending)
         except Problem as problem:
             scope["disagg.problem"] = problem
             await problem.response()(scope, receive, sending)
+        except Exception as error:  # Starlette raises what it has answered again
+            if "disagg.problem" not in scope:
+                scope["disagg.problem"] = told(error, scope)
+            if status == _GONE:
+                await scope["disagg.problem"].response()(scope, receive, sending)
         finally:
             self._state.num_requests -= is_work
             self._note(scope, status, started_at)
@@ -108,11 +115,11 @@ class Guard:
         if path in _WORK:
             if self._state.stopping:
                 raise unavailable(self._state.stopping)
-            if self._state.num_requests > (most := self._state.settings.max_requests):
+            if self._state.num_requests >= (most := self._state.settings.max_requests):
                 raise Problem(429, f"{most} requests are under way: retry later.", code="overloaded", retry_after_s=1.0)
 
     def _note(self, scope: Scope, status: int, started_at: float) -> None:
-        """A request is over: count it, log it, and see to it that one that was refused has its Records too."""
+        """A request is over: count it, log it, and see to it that one that was never sent has its Records too."""
         path = scope["path"]
         problem: Problem | None = scope.get("disagg.problem")
         outcome = status if problem is None else problem.status  # of a stream it is told after the status was sent
@@ -120,9 +127,11 @@ class Guard:
         known = getattr(route, "path", "other")  # a path nobody serves must not become a metric of its own
         self._state.metrics.http.labels(known, outcome).inc()
         records: list[Record] = scope.get("disagg.records", [])
-        if path in _TOKENS and problem is not None and problem.status not in _STRANGERS and not _taken(scope):
-            records = _refused(scope, problem, started_at)
-            self._state.front.note(records)
+        exchange: Exchange | None = scope.get("disagg.exchange")
+        failed = problem is not None or status == _GONE
+        if path in _TOKENS and failed and outcome not in _STRANGERS and not (exchange and exchange.request_ids):
+            records = _unsent(scope, exchange, problem or gone(), started_at)
+            self._state.front.note(records, exchange)
         if outcome < 400 and any(path.startswith(quiet) for quiet in _QUIET):
             return
         line: dict[str, object] = {
@@ -138,25 +147,20 @@ class Guard:
         log.info(json.dumps(line))
 
 
-def _taken(scope: Scope) -> bool:
-    """Whether the deployment took the request: then it makes its Records."""
-    exchange: Exchange | None = scope.get("disagg.exchange")
-    return exchange is not None and bool(exchange.request_ids)
-
-
-def _refused(scope: Scope, problem: Problem, started_at: float) -> list[Record]:
+def _unsent(scope: Scope, exchange: Exchange | None, problem: Problem, started_at: float) -> list[Record]:
     """Records of what was never sent to a worker: one a choice, or one where it did not come to choices."""
-    exchange: Exchange | None = scope.get("disagg.exchange")
+    is_gone = problem.status == _GONE
     asks: Sequence[Ask | None] = (None,) if exchange is None else exchange.asks
     ids = [scope["disagg.id"], *(uuid.uuid4().hex for _ in asks[1:])]
-    error = f"{problem.status} {problem.code or ''}".rstrip()  # never a sentence: it may repeat parts of the request
+    # never a sentence: it may repeat parts of the request
+    error = "" if is_gone else f"{problem.status} {problem.code or ''}".rstrip()
     return [
         Record(
             request_id=request_id,
             index=0,
             prompt_len=0 if ask is None else len(ask.prompt),
             max_tokens=0 if ask is None else ask.params.max_tokens,
-            finish_reason=FinishReason.REFUSED,
+            finish_reason=FinishReason.ABORT if is_gone else FinishReason.REFUSED,
             error=error,
             scheduled_at=started_at,
         )

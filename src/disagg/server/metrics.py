@@ -5,7 +5,7 @@ somebody asks. `docs/serve.md` explains them all.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from disagg.cluster.status import Status
+from disagg.config import Role
 from disagg.record import Record
 from disagg.request import FinishReason
 
@@ -26,9 +27,14 @@ _Family = CounterMetricFamily | GaugeMetricFamily
 
 
 class Metrics:
-    """The metrics of a server. `status` is asked for the gauges; None: there is no deployment, and so no gauge."""
+    """The metrics of a server. `status` is asked for the gauges; None: there is no deployment, and so no gauge.
 
-    def __init__(self, status: Callable[[], Status | None]) -> None:
+    `roles`: of the workers at the moment, by name.
+    """
+
+    def __init__(
+        self, status: Callable[[], Status | None], roles: Callable[[], Mapping[str, Role]] = lambda: {}
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a moment of creation per series, which nobody asks for
         registry = self._registry = CollectorRegistry()
 
@@ -48,7 +54,10 @@ class Metrics:
             "handoff_bytes": counter("handoff_bytes", "Bytes of KV cache copied between workers."),
             "handoff_busy_s": counter("handoff_copy_seconds", "Time spent copying them, overlapped or not."),
         }
-        self._busy = counter("worker_busy_seconds", "Step time by phase, shared out by tokens.", ("worker", "phase"))
+        self._roles = roles
+        self._busy = counter(
+            "worker_busy_seconds", "Step time by phase, shared out by tokens.", ("worker", "role", "phase")
+        )
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in a prefix cache.")
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self._itl = _Gaps("disagg_inter_token_latency_seconds", "Every gap between tokens.")
@@ -69,21 +78,25 @@ class Metrics:
     def add(self, record: Record) -> None:
         """A request is over. Any thread may call this."""
         self._success.labels(record.finish_reason).inc()
-        if record.finish_reason == FinishReason.REFUSED:
-            return  # of it there is nothing to measure
+        if record.finish_reason == FinishReason.REFUSED or not record.prompt_len:
+            return  # it was never sent, or its client left before its prompt was known: there is nothing to measure
         for name, counter in self._amounts.items():
             counter.inc(getattr(record, name))
         if record.prefill_start_at is not None:
             self._queries.inc(record.prompt_len)
         for worker, busy_s in record.prefill_s_by_worker().items():
-            self._busy.labels(_name(worker), "prefill").inc(busy_s)
+            self._add_busy(worker, "prefill", busy_s)
         if record.decode_worker:
-            self._busy.labels(_name(record.decode_worker), "decode").inc(record.decode_busy_s)
+            self._add_busy(record.decode_worker, "decode", record.decode_busy_s)
         self._prompt_len.observe(record.prompt_len)
         self._output_len.observe(record.output_len)
         if record.handoff_busy_s > 0:
             self._speed.observe(record.handoff_bytes / record.handoff_busy_s)
         self._observe_latency(record)
+
+    def _add_busy(self, worker: str, phase: str, busy_s: float) -> None:
+        name = worker.rpartition(".")[0]  # without its epoch, which a restart would turn into another series
+        self._busy.labels(name, self._roles().get(name, ""), phase).inc(busy_s)
 
     def _observe_latency(self, record: Record) -> None:
         for histogram, value in ((self._ttft, record.ttft_s), (self._tpot, record.tpot_s), (self._e2e, record.e2e_s)):
@@ -97,11 +110,6 @@ class Metrics:
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-def _name(worker: str) -> str:
-    """Of a worker, without its epoch, which a restart would turn into another series."""
-    return worker.rpartition(".")[0]
 
 
 class _Gaps(Collector):

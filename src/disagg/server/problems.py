@@ -6,14 +6,20 @@
 `server_error` otherwise.
 """
 
+import json
+import logging
 import math
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Scope
 
 from disagg.errors import DisaggError, InputError, Overloaded, WorkerLost
+
+log = logging.getLogger("disagg.serve")
 
 _TYPES = {429: "rate_limit_error"}
 
@@ -69,6 +75,15 @@ def problem_of(error: Exception, fields: tuple[str, ...] = ()) -> Problem:
     if isinstance(error, DisaggError):
         return Problem(500, str(error))
     return Problem(500, "The server failed on this request; its log says why.")
+
+
+def told(error: Exception, scope: Scope, fields: tuple[str, ...] = ()) -> Problem:
+    """The same. What is nobody's mistake but ours goes into the log, with the request's id."""
+    problem = problem_of(error, fields)
+    if not isinstance(error, Problem | DisaggError):
+        trace = "".join(traceback.format_exception(error))
+        log.error(json.dumps({"event": "bug", "id": scope.get("disagg.id"), "traceback": trace}))
+    return problem
 
 
 def unavailable(reason: str) -> Problem:

@@ -12,13 +12,12 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from disagg.errors import DisaggError
 from disagg.record import Record
 from disagg.server.answers import Events, Form, Whole, failure
 from disagg.server.asked import FIELDS
 from disagg.server.exchange import Exchange, Piece
 from disagg.server.http import HTTP, Http
-from disagg.server.problems import Problem, answer, gone, late, problem_of
+from disagg.server.problems import Problem, answer, gone, late, told
 from disagg.server.state import State
 
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
@@ -59,9 +58,9 @@ class Reply:
                     whole = await self._whole(records)
             problem = None
         except TimeoutError:
-            problem = problem_of(self.exchange.failure or self._late(), FIELDS)
-        except (Problem, DisaggError) as error:
-            problem = problem_of(error, FIELDS)
+            problem = told(self.exchange.failure or self._late(), scope, FIELDS)
+        except Exception as error:  # also what is nobody's mistake but ours
+            problem = told(error, scope, FIELDS)
         finally:
             self.exchange.on_failure, self.exchange.shortcut = lambda: None, lambda news: False
             if problem is not None:

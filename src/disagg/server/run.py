@@ -105,7 +105,7 @@ def _assemble(
             except OSError as error:  # a full disk must not end what is served
                 log.error(json.dumps({"event": "records", "error": str(error)}))
 
-    metrics = Metrics(status)
+    metrics = Metrics(status, lambda: {worker.name: worker.role for worker in state.front.workers})
     state = State(settings, Front(make, on_record=on_record, on_end=over.set), metrics)
     return state
 
@@ -120,10 +120,11 @@ async def _serve(
 ) -> None:
     """Start the deployment, answer until it is over, and take everything down again."""
     front = state.front
-    front.start()
     server = _Server(_config(app))
-    serving = asyncio.create_task(server.serve([listener]))
+    serving: asyncio.Task[None] | None = None
     try:
+        front.start()
+        serving = asyncio.create_task(server.serve([listener]))
         await _first(front.settled, over)
         if front.failure is None and not over.is_set():
             await state.texts.start()
@@ -136,7 +137,9 @@ async def _serve(
         state.stopping = "The server is stopping: send the request to another."
         await front.stop()
         server.should_exit = True
-        await serving
+        if serving is not None:
+            await serving
+        listener.close()
         await state.close()
     if front.failure is not None:
         raise front.failure
