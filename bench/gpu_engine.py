@@ -105,10 +105,10 @@ class Timed(CudaRunner):
 
     steps, launching, waiting = 0, 0.0, 0.0
 
-    def launch(self, batch: Batch) -> Callable[[], Output]:
+    def launch(self, batch: Batch, shed: Callable[[], bool] | None = None) -> Callable[[], Output]:
         """As ever."""
         start = time.perf_counter()
-        collect = super().launch(batch)
+        collect = super().launch(batch, shed)
         self.launching += time.perf_counter() - start
         self.steps += 1
 

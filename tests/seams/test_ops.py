@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -144,6 +145,24 @@ def test_decoder_is_what_compose_decoder_defines(dtype: torch.dtype, extras: boo
         assert_close(decoder(x, step, written), expected, STACK)
         assert_close(written, pages_expected, STACK)
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, pick_ops("cpu"), pick_ops("cpu", torch.float16)])
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_stack_layer_by_layer_has_the_same_bits(ops: Ops, composed: bool) -> None:
+    """A range of layers after the other, of any lengths, gives the hidden states and pages of one call."""
+    layers, rope = [make_layer(96, (6, 2, 16), 160, True) for _ in range(4)], make_rope(16)
+    step, num_pages = make_step(MIXED, 16)
+    x, pages = torch.randn(len(step.tokens), 96), torch.randn(num_pages, 4, 2, 2, 16, 16)
+    decoder = compose_decoder(ops, layers, rope, 1e-5) if composed else ops.decoder(layers, rope, 1e-5)
+    at_once = pages.clone()
+    expected = decoder(x, step, at_once)
+    for cuts in ((0, 1, 2, 3, 4), (0, 3, 4), (0, 2, 4)):
+        written, hidden = pages.clone(), x
+        for start, stop in pairwise(cuts):
+            hidden = decoder(hidden, step, written, range(start, stop))
+        assert torch.equal(hidden, expected)
+        assert torch.equal(written, at_once)
 
 
 def test_decoded_token_has_the_same_bits_in_any_batch() -> None:

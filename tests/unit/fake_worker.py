@@ -153,6 +153,14 @@ class FakeWorker:
         self.holding = [wanted for wanted in self.holding if wanted.id != request_id]
         return self.scheduler.abort(request_id)
 
+    def shed(self) -> bool:
+        """The device computes nothing more of requests that ended."""
+        shed = self.scheduler.shed()
+        for batch, launched in self.flying:
+            left = {*batch.decodes, *(chunk.request for chunk in batch.chunks)}
+            launched[:] = [work for work in launched if work.request in left]
+        return shed
+
     def release(self, wanted: Request) -> None:
         self.planned.pop(wanted.id, None)
         self.holding.remove(wanted)

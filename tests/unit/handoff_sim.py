@@ -109,41 +109,52 @@ class Wire:
 class Model:
     """What a worker runs: K and V are written into its pages, and the next token is read back through them.
 
-    `ahead`: as on GPUs, with a step in flight between turns.
+    `ahead`: as on GPUs, with a step in flight between turns. Otherwise the worker may shed requests amid a step.
     """
 
     def __init__(self, memory, ahead):
         self.memory, self.ahead = memory, ahead
 
-    def launch(self, batch):
-        return partial(self.compute, batch)
+    def launch(self, batch, shed=None):
+        return partial(self.compute, batch, shed)
 
     def busy(self):
         return False
 
-    def compute(self, batch):
+    def compute(self, batch, shed):
         """As late as it can be, when it is collected: pages that were given away too early would show."""
-        for request in batch.decodes:
-            self.write(request, len(request.tokens) - 1, len(request.tokens))
-        for request, start, length, _ in batch.chunks:
-            self.write(request, start, start + length)
+        layers = 1 if self.ahead else 2
+        for layer in range(layers):
+            if not self.ahead:
+                shed()
+            wrong = 0 if layer == layers - 1 else 0x55  # a layer too few
+            for request in batch.decodes:
+                self.write(request, len(request.tokens) - 1, len(request.tokens), wrong)
+            for request, start, length, _ in batch.chunks:
+                self.write(request, start, start + length, wrong)
         tokens = []
         for request in batch.sampling():
             content = b"".join(self.memory[page] for page in request.pages)
             tokens.append(next_token(content[: len(request.tokens)]))
         return Output(tokens, [None] * len(tokens))
 
-    def write(self, request, start, stop):
+    def write(self, request, start, stop, wrong):
         for position in range(start, stop):
             page = request.pages[position // PAGE_SIZE]
-            self.memory[page][position % PAGE_SIZE] = slot(request.tokens[position], position)
+            self.memory[page][position % PAGE_SIZE] = slot(request.tokens[position], position) ^ wrong
 
 
 class Post:
-    """A worker's mailbox in the world: the front end's side is reliable, the other workers' is not."""
+    """A worker's mailbox in the world: the front end's side is reliable, the other workers' is not.
 
-    def __init__(self, world, name):
-        self.world, self.name = world, name
+    `prompt`: what is under way to it arrives while a step is computed; otherwise the world hands it over between steps.
+    """
+
+    def __init__(self, world, name, prompt):
+        self.world, self.name, self.prompt = world, name, prompt
+
+    def receive(self, timeout_s):
+        return self.world.arrivals(self.name) if self.prompt else [], []
 
     def send(self, to, message):
         if to == FRONT:
@@ -158,7 +169,9 @@ class Post:
 class Sim(Worker):
     """The real worker, without a process: its messages, steps and clock are the world's."""
 
-    def __init__(self, world, name, pages, offset=0.0, clock_name="host", layout=LAYOUT, ahead=False, **options):
+    def __init__(
+        self, world, name, pages, offset=0.0, clock_name="host", layout=LAYOUT, ahead=False, prompt=False, **options
+    ):
         self.world, self.name = world, name
         self.clock = Shifted(world.clock, offset)
         self.memory = [bytearray(PAGE_SIZE) for _ in range(pages)]
@@ -170,7 +183,7 @@ class Sim(Worker):
         engine = EngineSpec(page_size=PAGE_SIZE, **options)
         config = WorkerConfig(WorkerSpec(name, "both", (0,)), 0, engine, "", pages, LEASE_S, MAX_WAIT_S)
         hello = m.Hello(name, f"mem://{name}", layout, pages)
-        model, post = Model(self.memory, ahead), Post(world, name)
+        model, post = Model(self.memory, ahead), Post(world, name, prompt)
         super().__init__(config, hello, post, model, self.wire, self.clock, self.sums, clock_name)
         self.scheduler, self.pool = self._scheduler, self._scheduler.pool
         self.giving, self.taking, self.jobs = self._giving, self._taking, self._jobs

@@ -92,6 +92,13 @@ class World:
         if not self.links[link]:
             del self.links[link]
 
+    def arrivals(self, worker):
+        """All that is under way to a worker, the front end's messages first."""
+        found, self.to_worker[worker] = self.to_worker[worker], []
+        for link in [link for link in self.links if link[1] == worker]:
+            found += [m.decode(m.encode(message)) for message in self.links.pop(link)]
+        return found
+
     def deliver_front(self, worker):
         """The oldest message of the front end to a worker."""
         message = self.to_worker[worker].pop(0)

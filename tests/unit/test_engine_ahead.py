@@ -127,7 +127,7 @@ class Device:
     def __init__(self, clock: ManualClock, took_s: Callable[[Batch], float]) -> None:
         self._clock, self._took_s, self._ends, self.idle_s = clock, took_s, 0.0, 0.0
 
-    def launch(self, batch: Batch) -> Callable[[], Output]:
+    def launch(self, batch: Batch, shed: Callable[[], bool] | None = None) -> Callable[[], Output]:
         self.idle_s += max(0.0, self._clock.now() - self._ends)
         self._ends = end = max(self._ends, self._clock.now()) + self._took_s(batch)
 

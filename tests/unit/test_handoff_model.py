@@ -36,6 +36,8 @@ class Ordinary:
         {"prefix_caching": True},
         {"checksum": True, "max_running": 1},
         {"ahead": True, "prefix_caching": True, "max_mixed_tokens": 4},
+        {"prompt": True},
+        {"prompt": True, "prefix_caching": True, "max_batch_tokens": 12},
     )
     steps = (
         "submit", "submit", "submit", "calm", "turn", "turn", "front", "deliver", "deliver", "copy", "wait", "abort",

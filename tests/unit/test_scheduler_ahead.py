@@ -47,6 +47,44 @@ def test_abort_in_flight_keeps_the_pages_until_commit() -> None:
     assert successor.tokens == oracle(successor, 64)[0]
 
 
+def test_shedding_frees_the_pages_before_the_commit() -> None:
+    """Whoever computes the step stops computing an aborted request: others keep their places, nobody gets its token."""
+    worker = FakeWorker(num_pages=6, max_batch_tokens=20)
+    first, victim, last = (request(name, 6, order=order) for order, name in enumerate(("first", "victim", "last")))
+    worker.scheduler.add(first)
+    worker.step()
+    for wanted in (victim, last):
+        worker.scheduler.add(wanted)
+    batch = worker.plan()
+    assert not worker.shed()
+    worker.abort("victim")
+    held = len(victim.pages)
+    assert worker.pool.num_free == 6 - 3 * held
+    assert worker.shed()
+    assert (victim.pages, worker.pool.num_free) == ([], 6 - 2 * held)
+    assert (decodes(batch), chunks(batch)) == (["first"], [("last", 0, 6, True)])
+    worker.scheduler.check()
+    assert not worker.shed()
+    worker.drain()
+    assert [one.tokens for one in (first, last)] == [oracle(one, 64)[0] for one in (first, last)]
+    assert victim.num_output == 0
+
+
+def test_a_step_of_which_all_is_shed_commits() -> None:
+    """Nothing is left of it, and the next request gets the pages."""
+    worker = FakeWorker(num_pages=2, prefix_caching=True)
+    worker.scheduler.add(request("victim", 5))
+    batch = worker.plan()
+    worker.abort("victim")
+    assert worker.shed()
+    assert (batch.num_tokens, worker.pool.num_free) == (0, 2)
+    successor = request("victim", 5, order=1)
+    worker.scheduler.add(successor)
+    assert worker.commit() == Committed([], [])
+    worker.drain()
+    assert (successor.tokens, successor.num_cached) == (oracle(successor, 64)[0], 0)
+
+
 def test_pages_wait_for_the_last_of_several_steps_in_flight() -> None:
     """With steps planned ahead, two of them may write the same request's pages."""
     worker = FakeWorker(num_pages=2, max_batch_tokens=4)

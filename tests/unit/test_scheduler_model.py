@@ -94,6 +94,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         if alive:
             self.aborted.add(wanted.id)
 
+    @precondition(lambda self: self.worker.flying)
+    @rule()
+    def shed(self) -> None:
+        """Afterwards nothing holds a page but what is alive."""
+        ended = [holder for holder in self.worker.scheduler.audit() if holder.status is Status.FINISHED]
+        assert self.worker.shed() == bool(ended)
+        assert all(holder.status is not Status.FINISHED for holder in self.worker.scheduler.audit())
+
     @precondition(lambda self: self.worker.holding)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:

@@ -3,7 +3,8 @@
     loop:  read the inbox ─▶ tick both hand-off sides ─▶ one step of the engine ─▶ tell the front end what happened
 
 The loop waits for its device at the end of a step, and for the inbox when there is nothing else to do or it is early to
-plan the next one. Copies run beside it, in the transport's thread.
+plan the next one. Copies run beside it, in the transport's thread. During a long step on cores the inbox is read, too,
+between layers: of what is aborted then nothing more is computed, and its pages are free at once.
 
 A request may come more than once: when a worker dies the front end calls off the attempt and sends the next one.
 Messages of different senders overtake one another, so what counts is the number: a later attempt ends earlier ones.
@@ -96,7 +97,7 @@ class Worker:
             chunked_prefill=spec.chunked_prefill,
             prefix_caching=spec.prefix_caching,
         )
-        self._engine = Engine(self._me, self._scheduler, runner, clock)
+        self._engine = Engine(self._me, self._scheduler, runner, clock, self._meanwhile)
         self._clock = clock
         self.checksum = checksum
         self._giving = PrefillSide(
@@ -110,6 +111,7 @@ class Worker:
         self._outgoing = m.Progress(self._me, [], [])
         self._heartbeat_s = config.heartbeat_s
         self._heartbeat_at = 0.0
+        self._stopped = False
         self._withheld: list[int] = []
         self._withheld_until = 0.0
         self._draining = False
@@ -130,15 +132,13 @@ class Worker:
                 return False
             if wake_fd in readable:
                 os.eventfd_read(wake_fd)
-            if any(isinstance(message, m.Stop) for message in messages):
+            if self._stopped or any(isinstance(message, m.Stop) for message in messages):
                 return True
             busy = self.turn(messages)
 
     def turn(self, messages: Iterable[Any]) -> bool:
         """Take in what has come, clean up, and do one step when it is time. Whether there was anything to compute."""
-        for message in messages:
-            self._on_message(message)
-        self._tick()
+        self._take_in(messages)
         if self._engine.launch(self._offer):
             self._flush()
             return True
@@ -172,9 +172,21 @@ class Worker:
         elif isinstance(message, m.Withhold):
             self._withheld += self._scheduler.pool.allocate(self._scheduler.pool.num_free) or []
             self._withheld_until = self._clock.now() + message.for_s
+        elif isinstance(message, m.Stop):
+            self._stopped = True
+
+    def _take_in(self, messages: Iterable[Any]) -> None:
+        for message in messages:
+            self._on_message(message)
+        self._tick()
+
+    def _meanwhile(self) -> None:
+        """During a long step: what else would wait for its end. Nothing here depends on whether a step is in flight."""
+        messages, _ = self._mailbox.receive(0)
+        self._take_in(messages)
 
     def _tick(self) -> None:
-        """What is done on every turn, work or no work."""
+        """What is done on every turn, and during long steps; work or no work."""
         self._taking.tick()
         self._giving.tick()
         now = self._clock.now()

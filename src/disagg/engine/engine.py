@@ -35,8 +35,12 @@ class Runs(Protocol):
 
     ahead: bool
 
-    def launch(self, batch: Batch) -> Collect:
-        """Start `batch`, as its requests are now."""
+    def launch(self, batch: Batch, shed: Callable[[], bool] | None = None) -> Collect:
+        """Start `batch`, as its requests are now.
+
+        `shed` may be called while it is computed, by the thread that launched it. True: requests have left `batch`,
+        which must not be computed any more, since their pages are free.
+        """
         ...
 
     def busy(self) -> bool:
@@ -71,12 +75,21 @@ def _kind(batch: Batch) -> tuple[bool, int]:
 class Engine:
     """Scheduler and runner under one clock, with a Facts per live request in `ledger`."""
 
-    def __init__(self, name: str, scheduler: Scheduler, runner: Runs, clock: Clock) -> None:
+    def __init__(
+        self,
+        name: str,
+        scheduler: Scheduler,
+        runner: Runs,
+        clock: Clock,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`meanwhile()` is called now and then during a long step, if the runner can shed: it may abort requests."""
         self.name = name
         self.scheduler = scheduler
         self.ledger: dict[str, Facts] = {}
         self._runner = runner
         self._clock = clock
+        self._meanwhile = meanwhile
         self._flying: deque[_Flight] = deque()
         self._collected_at = -math.inf
         self._pace: dict[tuple[bool, int], float] = {}  # seconds of steps of a kind, see `_kind`
@@ -111,9 +124,14 @@ class Engine:
                 break
             before(batch)
             launched_at = self._clock.now()
-            flying.append(_Flight(batch, runner.launch(batch), launched_at))
+            flying.append(_Flight(batch, runner.launch(batch, self._shed), launched_at))
             self._launch_s = self._clock.now() - begun_at
         return False
+
+    def _shed(self) -> bool:
+        """What was aborted since the step began leaves it. Whether there was any."""
+        self._meanwhile()
+        return self.scheduler.shed()
 
     def collect(self) -> Stepped | None:
         """Wait for the oldest step in flight; None if there is none."""
@@ -135,8 +153,8 @@ class Engine:
         return Stepped(batch, tokens, committed.finished, committed.holding)
 
     def _account(self, batch: Batch, start: float, end: float) -> None:
-        """Split the step's time over its tokens. Requests that ended meanwhile have left the ledger."""
-        share = (end - start) / batch.num_tokens
+        """Split the step's time over its tokens. Requests that ended meanwhile have left the ledger, or the batch."""
+        share = (end - start) / max(1, batch.num_tokens)
         ledger = self.ledger
         for request in batch.decodes:
             if (facts := ledger.get(request.id)) is not None:

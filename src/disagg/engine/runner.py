@@ -15,6 +15,8 @@ from disagg.model.load import Loaded
 from disagg.model.ops import Step
 from disagg.request import Request, SamplingParams
 
+_LONG = 3e9  # multiply-adds of a step: 0.1 s of a core. Shorter ones run as one call, which asks nobody
+
 
 class Runner:
     """Runs batches of one loaded model over one storage. Keeps nothing between steps."""
@@ -27,22 +29,34 @@ class Runner:
         self._model = loaded.model
         self._device = torch.device(loaded.device)
 
-    def launch(self, batch: Batch) -> Callable[[], Output]:
+    def launch(self, batch: Batch, shed: Callable[[], bool] | None = None) -> Callable[[], Output]:
         """Nothing runs beside the host here: the step is computed when it is collected."""
-        return partial(self.run, batch)
+        return partial(self.run, batch, shed)
 
     def busy(self) -> bool:
         """Nothing is, between steps."""
         return False
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Output:
+    def run(self, batch: Batch, shed: Callable[[], bool] | None = None) -> Output:
         """Compute the batch's positions, write their keys and values into the requests' pages, and sample.
 
-        Every request in the batch must hold pages for all its positions up to the last one computed here.
+        Every request in the batch must hold pages for all its positions up to the last one computed here. A long step
+        asks `shed` before each layer, and goes on with the rows of those that are left.
         """
         step = make_step(batch, self.storage.page_size, self._device)
-        return sample(self._model.forward(step, self.storage.pages), batch.sampling())
+        long = batch.num_tokens * self.spec.num_layers * self.spec.layer_params >= _LONG
+        between = partial(self._between, batch, shed) if long and shed is not None else None
+        return sample(self._model.forward(step, self.storage.pages, between), batch.sampling())
+
+    def _between(self, batch: Batch, shed: Callable[[], bool], step: Step, hidden: Tensor) -> tuple[Step, Tensor]:
+        """See `Between` in model/ops.py."""
+        before = _rows(batch)
+        if not shed():
+            return step, hidden
+        left = {request for request, _ in _rows(batch)}
+        kept = torch.tensor([request in left for request, rows in before for _ in range(rows)])
+        return make_step(batch, self.storage.page_size, self._device), hidden[kept]
 
     def warm_up(self) -> None:
         """Trigger every lazy compilation and allocation. Scribbles on the first pages: call it before serving."""
@@ -70,6 +84,11 @@ class Runner:
             request.num_computed += 1
         self.run(Batch(decodes=requests))
         self.run(Batch(decodes=requests[:1], chunks=[Chunk(requests[1], 0, length, False)]))
+
+
+def _rows(batch: Batch) -> list[tuple[Request, int]]:
+    """Whose the rows of a step are, in order, and how many."""
+    return [(request, 1) for request in batch.decodes] + [(chunk.request, chunk.length) for chunk in batch.chunks]
 
 
 def make_step(batch: Batch, page_size: int, device: torch.device) -> Step:

@@ -103,8 +103,8 @@ class CudaRunner:
     # A step
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Callable[[], Output]:
-        """Start the batch and return what waits for its tokens. See `Runs`.
+    def launch(self, batch: Batch, shed: Callable[[], bool] | None = None) -> Callable[[], Output]:
+        """Start the batch and return what waits for its tokens. See `Runs`. Nothing is shed: its steps are short.
 
         Every request in the batch must hold pages for all its positions up to the last one computed here.
         """

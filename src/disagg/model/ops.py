@@ -84,8 +84,19 @@ class LayerWeights:
         return any(bias is not None for bias in (self.out_bias, self.gate_up_bias, self.down_bias))
 
 
-Decoder = Callable[[Tensor, Step, Tensor], Tensor]
-"""(hidden [T, H], step, pages) -> hidden [T, H] after all layers, residual included, final norm not applied."""
+Between = Callable[[Step, Tensor], tuple[Step, Tensor]]
+"""(step, hidden [T, H]) -> what is left of both: rows may leave a step between two layers."""
+
+
+class Decoder(Protocol):
+    """A stack of layers."""
+
+    def __call__(self, hidden: Tensor, step: Step, pages: Tensor, layers: range | None = None) -> Tensor:
+        """hidden [T, H] -> hidden [T, H] after all layers, residual included, final norm not applied.
+
+        `layers`: only these, so that a long step can be given up between them. Run one range after the other, the stack
+        gives the same bits as in one call. CudaOps takes None only.
+        """
 
 
 class Ops(Protocol):
@@ -144,9 +155,10 @@ def compose_decoder(ops: Ops, layers: Iterable[LayerWeights], rope: Rope | None,
     """The definition of `Ops.decoder`, made of the five other operations."""
     packed = [_pack(ops, w) for w in layers]
 
-    def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
+    def run(hidden: Tensor, step: Step, pages: Tensor, layers: range | None = None) -> Tensor:
         x, residual = hidden, None
-        for layer, w in enumerate(packed):
+        for layer in range(len(packed)) if layers is None else layers:
+            w = packed[layer]
             normed, residual = ops.add_rms_norm(x, residual, w.attention_norm, eps)
             q = ops.rotate_and_store(w.qkv(normed), step, layer, pages, rope, w.q_norm, w.k_norm, eps)
             x = w.out(ops.attend(q, layer, pages, step, q.shape[-1] ** -0.5))
@@ -223,6 +235,10 @@ def pick_ops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> 
     if kind == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ValueError("CUDA needs Triton (pip install 'disagg[cuda]')")
+        if dtype == torch.float8_e4m3fn:
+            from disagg.model.ops_cuda_fp8 import Fp8Ops
+
+            return Fp8Ops(device)
         from disagg.model.ops_cuda import CudaOps
 
         return CudaOps(dtype)

@@ -57,14 +57,14 @@ class _Buffers(NamedTuple):
 @kernel
 def decoder_kernel(
     sync: np.ndarray, stack: _Stack, where: Where, pages: np.ndarray, hidden: np.ndarray, buffers: _Buffers,
-    eps: float,
+    eps: float, first: int, stop: int,
 ) -> None:  # fmt: skip
-    """All layers over hidden [T, H], in place."""
+    """Layers `first` to before `stop` over hidden [T, H], in place."""
     s, b = stack, buffers
     scale = np.float32(1.0 / np.sqrt(b.q.shape[2]))
     no_bias = s.qkv_bias[0, :0]
-    for i in range(len(s.qkv)):
-        p = i * _PHASES
+    for i in range(first, stop):
+        p = (i - first) * _PHASES
         norm_phase(sync, p, hidden, b.normed[:0], s.attention_norm[i], eps, b.normed, hidden)
         linear_phase(sync, p + 1, b.normed, s.qkv[i], s.qkv_bias[i], b.qkv, False)
         rotate_phase(sync, p + 2, b.qkv, where, i, pages, s.q_norm[i], s.k_norm[i], eps, b.q)
@@ -132,18 +132,19 @@ class CpuOps:
         if first.has_odd_bias:
             return compose_decoder(self, chain([first], remaining), rope, eps)
         stack = _stack(chain([first], remaining), num_layers, self.dtype)
-        num_phases = _PHASES * num_layers
         width, mlp_width = first.qkv.shape[0], first.down.shape[1]
         del first  # `run` would keep it alive
 
-        def run(hidden: Tensor, step: Step, pages: Tensor) -> Tensor:
+        def run(hidden: Tensor, step: Step, pages: Tensor, layers: range | None = None) -> Tensor:
+            first_layer, stop = (0, num_layers) if layers is None else (layers.start, layers.stop)
             rows, hidden = len(hidden), hidden.clone(memory_format=torch.contiguous_format)
             query_shape = _query_shape(width, pages)
             shapes = (hidden.shape[1:], (width,), query_shape, (query_shape[0] * query_shape[1],), (mlp_width,))
             buffers = _Buffers(*(np.empty((rows, *shape), np.float32) for shape in shapes))
             self._team.run(
-                decoder_kernel, num_phases, stack, _where(step, rope), pages.numpy(), hidden.numpy(), buffers, eps
-            )
+                decoder_kernel, _PHASES * (stop - first_layer), stack, _where(step, rope), pages.numpy(),
+                hidden.numpy(), buffers, eps, first_layer, stop,
+            )  # fmt: skip
             return hidden
 
         return run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm
 
-from disagg.model.ops import Ops, Step
+from disagg.model.ops import Between, Ops, Step
 from disagg.model.spec import ModelSpec
 
 
@@ -37,11 +37,18 @@ class Seed:
                 )
             )
 
-    def forward(self, step: Step, pages: Tensor) -> Tensor:
-        """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`."""
+    def forward(self, step: Step, pages: Tensor, between: Between | None = None) -> Tensor:
+        """Logits float32 [S, V] of the rows `step.last`; writes the step's keys and values into `pages`.
+
+        With `between`, which is asked before each layer, the last step that it returned counts.
+        """
         ops, width, scale = self._ops, (self.spec.hidden_size,), self.spec.head_dim**-0.5
         x = embedding(step.tokens, self._embedding)
         for layer, (qkv, out, attention_norm, expand, reduce, mlp_norm) in enumerate(self._layers):
+            if between is not None:
+                step, x = between(step, x)
+                if not len(x):
+                    break
             q = ops.rotate_and_store(qkv(x), step, layer, pages)
             x = layer_norm(x + out(ops.attend(q, layer, pages, step, scale)), width, *attention_norm, self.spec.eps)
             x = layer_norm(x + reduce(expand(x).relu_()), width, *mlp_norm, self.spec.eps)
