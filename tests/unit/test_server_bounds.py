@@ -1,6 +1,7 @@
 """What a request may cost before it comes to the deployment: every list is short, and checked once."""
 
 import asyncio
+import json
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -8,12 +9,15 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from uvicorn.server import ServerState
 
 from disagg.errors import RequestError
 from disagg.model.tokenizer import NoTokenizer
 from disagg.request import SamplingParams
+from disagg.server import asked
 from disagg.server.app import create_app
 from disagg.server.asked import (
     MOST_MESSAGES,
@@ -59,12 +63,82 @@ def test_a_prompt_of_texts_and_ids_is_refused_whatever_its_length(prompt):
         assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
-def test_a_field_given_twice_cannot_hide_what_the_first_one_holds():
-    """Of a large body; in a small one the last counts, as in most JSON."""
-    body = '{"prompt": [%s], "prompt": "x"}'
-    assert decode(CompletionRequest, (body % "[1]").encode()).prompts() == ["x"]
-    with pytest.raises(Problem, match="twice"):
-        decode(CompletionRequest, (body % ", ".join(["[1]"] * 100_000)).encode())
+@pytest.mark.parametrize("name", ["prompt", r"pr\u006fmpt", r"\u0070\u0072ompt"])
+@pytest.mark.parametrize(
+    ("last", "words"), [('"prompt": "x"', "given twice"), ('"prompt": "x", "unknown": 1', "no field unknown")]
+)
+def test_a_field_given_twice_cannot_hide_what_the_first_one_holds(name, last, words):
+    """However its name is written, of a large body: nothing is made of it. In a small one the last counts."""
+    body = '{"%s": [%s], %s}'
+    assert decode(CompletionRequest, (body % (name, "[1]", '"prompt": "x"')).encode()).prompts() == ["x"]
+    with pytest.raises(Problem, match=words):
+        asked._check_sizes(CompletionRequest, (body % (name, ", ".join(["[1]"] * 100_000), last)).encode())
+
+
+KNOWN, SHORT = ("messages", "stop", "user", "tools"), ("stop", "user", "tools")
+KEYS = st.sampled_from([*KNOWN, 'a"b', "\\", "é", ""])
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text('a"\\é\x00', max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def escaped(draw, text):
+    """The text as a JSON string, each character written as it is or by its number."""
+    plain = [json.dumps(char, ensure_ascii=False)[1:-1] for char in text]
+    numbers = draw(st.lists(st.booleans(), min_size=len(text), max_size=len(text)))
+    pairs = zip(text, plain, numbers, strict=True)
+    return '"' + "".join(f"\\u{ord(char):04x}" if number else as_is for char, as_is, number in pairs) + '"'
+
+
+@given(st.data(), st.lists(st.tuples(KEYS, VALUES), max_size=6))
+def test_sizes_and_strings_are_those_of_a_plain_parse(data, fields):
+    """Of any object: no way to write a name, and none to write a value, hides what has to be made of it."""
+    written = [(name, data.draw(escaped(name)), json.dumps(value, ensure_ascii=False)) for name, value in fields]
+    body = ("{" + ", ".join(f"{name}: {value}" for _, name, value in written) + "}").encode()
+    sizes = {
+        name: len(value.encode()) for name, _, value in written if name in KNOWN
+    }  # of one that comes twice the last
+    num_strings = count_strings(json.loads(body, object_pairs_hook=Pairs))
+    expected = ""
+    if any(sizes.get(name, 0) > 20 for name in SHORT):
+        expected = "is longer than 20 bytes"
+    elif num_strings > 3:
+        expected = "more than 3 strings"
+    elif len(body) - sum(sizes.values()) > 20:
+        expected = "given twice" if {name for name, _ in fields} <= {*KNOWN} else "There is no field"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(asked, "_LARGE", 20)
+        patched.setattr(asked, "MOST_STRINGS", 3)
+        said = ""
+        try:
+            asked._check_sizes(Fields, body)
+        except Problem as problem:
+            said = problem.message
+    assert expected in said
+    assert bool(expected) == bool(said)
+
+
+class Fields(msgspec.Struct):
+    """What bounds are checked of: one field that may be long, two that may not."""
+
+    messages: msgspec.Raw
+    stop: msgspec.Raw
+    user: msgspec.Raw
+
+
+class Pairs(list):
+    """An object with every field it was given."""
+
+
+def count_strings(value):
+    if isinstance(value, Pairs):
+        return len(value) + sum(count_strings(inner) for _, inner in value)
+    if isinstance(value, list):
+        return sum(map(count_strings, value))
+    return isinstance(value, str)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +175,7 @@ def test_a_field_of_megabytes_is_refused_by_its_length(kind, body, field, param)
         (CompletionRequest, '{"prompt": "a", %s}', '"tools": null'),
         (ChatRequest, '{"messages": [%s]}', '{"role": "user", "content": ""}'),
         (ChatRequest, '{"messages": [{"role": "user", "content": [%s]}]}', '{"type": "text", "text": "\\\\"}'),
+        (CompletionRequest, '{"prompt": [%s]}', r'"\\"'),
     ],
 )
 def test_a_body_of_very_many_strings_is_refused_by_their_number(kind, body, unit):

@@ -251,24 +251,30 @@ def _check_sizes(kind: type[msgspec.Struct], body: bytes) -> None:
 
     Decoding in another thread would not help: the decoder does not let go of the interpreter.
     """
-    fields = msgspec.json.decode(body, type=_undecoded(kind))
+    fields = _undecoded(kind)
+    values = msgspec.json.decode(body, type=fields)
     rest = len(body)
-    for name in kind.__struct_fields__:
-        size = memoryview(getattr(fields, name)).nbytes
+    for name in fields.__struct_fields__:
+        size = memoryview(getattr(values, name)).nbytes  # of the last, if it is given twice
         if name not in _MAY_BE_LONG and size > _LARGE:
             raise Problem(400, f"{name} is longer than {_LARGE} bytes.", param=name)
         rest -= size
-    if rest > _LARGE:  # a field given twice is decoded twice, and seen here once
-        for name in kind.__struct_fields__:
-            if body.count(f'"{name}"'.encode()) > 1:
-                raise Problem(400, f"{name} is given twice.", param=name)
-    if isinstance(prompt := getattr(fields, "prompt", None), msgspec.Raw):
-        _check_mixture(bytes(prompt))
-    num_quotes = body.count(b'"')
-    if num_quotes > 2 * MOST_STRINGS:
-        num_quotes -= body.count(b'\\"')  # those within strings
-    if num_quotes > 2 * MOST_STRINGS:
+    if num_strings(body) > MOST_STRINGS:
         raise Problem(400, f"The body holds more than {MOST_STRINGS} strings, which is the most this server takes.")
+    if rest > _LARGE:
+        for name in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys() - {*fields.__struct_fields__}:
+            raise _refusal(f"Object contains unknown field `{name}`", kind.__struct_fields__)
+        raise Problem(400, f"More than {_LARGE} bytes are no field's value: is a field given twice?")
+    if "prompt" in kind.__struct_fields__:
+        _check_mixture(bytes(values.prompt))
+
+
+def num_strings(body: bytes) -> int:
+    """How many strings there are in JSON, names of fields included."""
+    quotes = body.count(b'"')
+    if quotes > 2 * MOST_STRINGS:  # else it does not matter which of them are within strings
+        quotes -= body.replace(b"\\\\", b"").count(b'\\"')
+    return quotes // 2
 
 
 def _check_mixture(prompt: bytes) -> None:
@@ -281,8 +287,9 @@ def _check_mixture(prompt: bytes) -> None:
 
 
 @lru_cache
-def _undecoded(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
-    return msgspec.defstruct("Undecoded", [(name, msgspec.Raw, msgspec.Raw()) for name in kind.__struct_fields__])
+def _undecoded(kind: type[msgspec.Struct]) -> Any:
+    names = dict.fromkeys((*kind.__struct_fields__, *NOTHING))
+    return msgspec.defstruct("Undecoded", [(name, msgspec.Raw, msgspec.Raw()) for name in names])
 
 
 @contextmanager
