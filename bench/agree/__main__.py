@@ -1,13 +1,19 @@
 """Whether load generators of the field agree with the server's own Records of the same run.
 
 Starts `disagg serve` with --records and lets AIPerf and GuideLLM, each from a virtual environment that is thrown away,
-send it the same prompts, two at a time. How far apart may they be? As far as the tool can tell time on this machine: in
-a run of its own a relay between tool and server stamps the bytes that pass, and the farthest that a request of the tool
-lies from these stamps is its resolution. Then the tool asks the server itself; it agrees when its requests are, on
-average, no farther than that from their Records, and all counts are equal.
+send it the same prompts, two at a time. How far apart may they be? As far as the tool can tell time on this machine,
+and as the comparison repeats itself:
 
-Two controls must disagree: Records whose times are off by more than the resolution, and Records of the same prompts on
-the other deployment.
+- In a run of its own a relay between tool and server stamps the bytes that pass. The farthest that a request of the
+  tool lies from these stamps, on either deployment, is its resolution: that is the tool's and the machine's.
+- Then the tool asks the server itself, twice. How differently the two comparisons come out is their spread.
+
+It agrees when its requests are, on average, no farther from their Records than the root of the sum of squares of both,
+and all counts are equal. The stamps of the relay, held against the Records of that run, also say what the difference is
+made of: how much later than the Record the bytes are on the wire. That is no error of the tool and counts for nothing.
+
+Two controls must disagree: Records whose times are off by more than that, and Records of the same prompts on the other
+deployment.
 
     python bench/agree          measures; prints a table, then one JSON line; exit code 1 unless all agrees
     python bench/agree FILE     the table of such a line, kept in a file
@@ -31,13 +37,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compare import judge, of_call, of_record, resolution, shifted, summary, table
+from compare import apart, judge, later, limits, of_call, of_record, resolution, shifted, spread, summary, table
 from relay import Relay
 from tools import MODEL, STREAMS, TOOLS, Row, drive, install, write_inputs
 
 from disagg.record import read_records
 
-DEPLOYS, REQUESTS = ("1P1D", "2C"), 24
+DEPLOYS, REQUESTS, REPEATS = ("1P1D", "2C"), 24, 2
 SERVE = ["disagg", "serve", "--model", MODEL, "--budget", "cpu:2", "--no-prefix-caching", "--port", "0"]
 PATIENCE_S = 5.0  # a Record is written a moment after its stream's end
 
@@ -48,9 +54,16 @@ class Run(NamedTuple):
     deploy: str
     tool: str
     command: str
-    resolves: dict[str, float]
-    says: list[Row]
-    records: list[Row]
+    relayed: tuple[list[Row], list[Row], list[Row]]  # what it said, what passed the relay, what was recorded
+    repeats: list[tuple[list[Row], list[Row]]]  # without the relay: what it said, what was recorded
+
+    def says(self) -> list[Row]:
+        """Of all repeats."""
+        return [row for rows, _ in self.repeats for row in rows]
+
+    def records(self) -> list[Row]:
+        """Theirs."""
+        return [row for _, rows in self.repeats for row in rows]
 
 
 @contextlib.contextmanager
@@ -70,16 +83,20 @@ def serving(deploy: str, records: Path) -> Iterator[int]:
 
 def run(deploy: str, name: str, port: int, folder: Path, records: Path) -> Run:
     """Learn what a tool resolves, then let it and the server say what they say of the same requests."""
-    rest = folder, folder / "export", REQUESTS
+
+    def asked(url: str) -> tuple[list[str], list[Row], list[Row]]:
+        begun = len(_settled(records, 0))
+        command, says = drive(TOOLS[name], folder / name, url, folder, folder / "export", REQUESTS)
+        recorded = [of_record(record) for record in _settled(records, begun + len(says))[begun:]]
+        return command, says, sorted(recorded, key=lambda row: row.output)
+
     relay = Relay(port)
-    _, says = drive(TOOLS[name], folder / name, relay.url, *rest)
-    resolves = resolution(says, sorted(map(of_call, relay.calls), key=lambda row: row.output))
-    begun = len(_settled(records, 0))
+    _, says, recorded = asked(relay.url)
+    relayed = says, sorted(map(of_call, relay.calls), key=lambda row: row.output), recorded
     url = f"http://127.0.0.1:{port}"
-    command, says = drive(TOOLS[name], folder / name, url, *rest)
-    recorded = [of_record(record) for record in _settled(records, begun + len(says))[begun:]]
-    plain = shlex.join(command).replace(str(folder), "FOLDER").replace(url, "URL")
-    return Run(deploy, name, plain, resolves, says, sorted(recorded, key=lambda row: row.output))
+    found = [asked(url) for _ in range(REPEATS)]
+    plain = shlex.join(found[0][0]).replace(str(folder), "FOLDER").replace(url, "URL")
+    return Run(deploy, name, plain, relayed, [(says, recorded) for _, says, recorded in found])
 
 
 def _settled(records: Path, least: int) -> list[Any]:
@@ -115,6 +132,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "not_installed": missing,
         "server": shlex.join(SERVE),
         "requests": REQUESTS,
+        "repeats": REPEATS,
         "streams": STREAMS,
         "runs": [judged(one, runs) for one in runs],
     }
@@ -123,17 +141,27 @@ def measure(folder: Path) -> dict[str, Any]:
 def judged(one: Run, runs: Sequence[Run]) -> dict[str, Any]:
     """A run, whether its two sides agree, and whether its controls do not, as they should."""
     other = next(run for run in runs if run.tool == one.tool and run.deploy != one.deploy)
+    resolves = resolution(run.relayed[:2] for run in (one, other))
+    each = [apart(*repeat) for repeat in one.repeats]
+    most = limits(resolves, spread(each))
+    says, records = one.says(), one.records()
     return {
         "deploy": one.deploy,
         "tool": one.tool,
         "command": one.command,
-        "says": summary(one.says),
-        "records": summary(one.records),
-        "resolution": one.resolves,
-        **judge(one.says, one.records, one.resolves),
+        "says": summary(says),
+        "records": summary(records),
+        "resolution": resolves,
+        "resolution_here": resolution([one.relayed[:2]]),
+        "repeats": each,
+        "spread": spread(each),
+        "limit": most,
+        "later": later(says, records),
+        "wire_later": later(*one.relayed[1:]),
+        **judge(says, records, most),
         "controls": {
-            "shifted": judge(one.says, shifted(one.records, one.resolves), one.resolves),
-            "other run": judge(one.says, other.records, one.resolves),
+            "shifted": judge(says, shifted(records, most), most),
+            "other run": judge(says, other.records(), most),
         },
     }
 

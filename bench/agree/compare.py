@@ -3,7 +3,8 @@
 Rows of both are in the order of their output lengths, of which no two are alike.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tools import Row
 from disagg.record import Record
 
 TIMES, COUNTS = ("ttft", "gap", "e2e"), ("prompt", "output")
-SHIFT = 2.5  # resolutions by which the control moves all times
+SHIFT = 2.5  # limits by which the control moves all times
 
 
 def of_call(call: Call) -> Row:
@@ -29,29 +30,52 @@ def of_record(record: Record) -> Row:
     return Row(*times, record.prompt_len, record.output_len)
 
 
-def _apart(rows: Sequence[Row], others: Sequence[Row], name: str) -> np.ndarray:
-    return np.array([abs(getattr(row, name) - getattr(other, name)) for row, other in zip(rows, others, strict=False)])
+def _later(rows: Sequence[Row], others: Sequence[Row], name: str) -> np.ndarray:
+    if len(rows) != len(others):
+        raise ValueError(f"{len(rows)} requests cannot be held against {len(others)}: some were lost.")
+    return np.array([getattr(row, name) - getattr(other, name) for row, other in zip(rows, others, strict=True)])
 
 
-def resolution(rows: Sequence[Row], passed: Sequence[Row]) -> dict[str, float]:
-    """How well a tool can tell time here: no request lies farther from what passed the relay."""
-    return {name: float(_apart(rows, passed, name).max()) for name in TIMES}
+def apart(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, float]:
+    """How far a request of the one is from that of the other, on average."""
+    return {name: float(abs(_later(rows, others, name)).mean()) for name in TIMES}
 
 
-def judge(rows: Sequence[Row], records: Sequence[Row], resolves: dict[str, float]) -> dict[str, Any]:
-    """How far a request is from its Record, on average, and which numbers are farther apart than the tool resolves.
+def later(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, float]:
+    """The same with its sign: by how much the one says more."""
+    return {name: float(_later(rows, others, name).mean()) for name in TIMES}
 
-    Counts of tokens must be the same for every request, and there must be as many Records as requests.
+
+def resolution(relayed: Iterable[tuple[Sequence[Row], Sequence[Row]]]) -> dict[str, float]:
+    """How well a tool can tell time here: no request, of any deployment, lies farther from what passed the relay."""
+    runs = list(relayed)
+    return {name: max(float(abs(_later(*run, name)).max()) for run in runs) for name in TIMES}
+
+
+def spread(repeats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """By how much the same comparison came out differently."""
+    return {name: max(each[name] for each in repeats) - min(each[name] for each in repeats) for name in TIMES}
+
+
+def limits(resolves: dict[str, float], spreads: dict[str, float]) -> dict[str, float]:
+    """How far apart the two may be: both errors are there, and neither knows of the other."""
+    return {name: math.hypot(resolves[name], spreads[name]) for name in TIMES}
+
+
+def judge(rows: Sequence[Row], records: Sequence[Row], most: dict[str, float]) -> dict[str, Any]:
+    """How far a request is from its Record, on average, and which numbers are farther apart than they may be.
+
+    Counts of tokens must be the same for every request. Raises ValueError unless there are as many Records as requests.
     """
-    apart = {name: float(_apart(rows, records, name).mean()) for name in TIMES}
-    disagree = [name for name in TIMES if not apart[name] <= resolves[name]]
-    disagree += [name for name in COUNTS if _apart(rows, records, name).any()]
-    return {"apart": apart, "disagree": disagree + ["requests"] * (len(rows) != len(records))}
+    found = apart(rows, records)
+    disagree = [name for name in TIMES if not found[name] <= most[name]]
+    disagree += [name for name in COUNTS if _later(rows, records, name).any()]
+    return {"apart": found, "disagree": disagree}
 
 
-def shifted(records: Sequence[Row], resolves: dict[str, float]) -> list[Row]:
-    """A control: Records whose times are off by more than the tool resolves."""
-    return [row._replace(**{name: getattr(row, name) + SHIFT * resolves[name] for name in TIMES}) for row in records]
+def shifted(records: Sequence[Row], most: dict[str, float]) -> list[Row]:
+    """A control: Records whose times are off by more than they may be."""
+    return [row._replace(**{name: getattr(row, name) + SHIFT * most[name] for name in TIMES}) for row in records]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
@@ -76,5 +100,7 @@ def table(found: dict[str, Any]) -> str:
             line(deploy, who, said, [said[name] for name in (*COUNTS, "requests")])
         line("", "apart", run["apart"], ["", "", ""])
         line("", f"{run['tool']} resolves", run["resolution"], ["", "", ""])
-        line("", "apart from the other run", run["controls"]["other run"]["apart"], ["", "", ""])
+        line("", "repeats differ by", run["spread"], ["", "", ""])
+        line("", "the wire says later than Records", run["wire_later"], ["", "", ""])
+        line("", "apart from the other deployment", run["controls"]["other run"]["apart"], ["", "", ""])
     return "\n".join(lines)
