@@ -2,16 +2,19 @@
 
 A real server of each deployment on two cores. A stream is read for some tokens and its connection closed; from then
 on `/audit` is asked until no worker holds a page. The time is that at which the answer is here, the audit's own time
-included. The limit: a worker hears of it between two steps, so the step in flight has to end. In a stream that is one
-token; while a prompt is computed it is a chunk of 512 positions, so clients that leave then are a row of their own.
+included. The limit: a worker hears of it between two steps, or between two layers of a long one. In a stream that is
+one token; while a prompt is computed it is a layer of a chunk of 512 positions, so clients that leave then, at various
+moments, are a row of their own.
 
     python bench/disconnect.py [--model smollm2] [--out FILE]
 
-prints a table, then one JSON line.
+prints a table, then one JSON line. With `--layers`, another table and line: one worker's chunk of 512 positions on one
+core at the end of longer and longer contexts, as one call and layer by layer, and the longest time between two looks.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import platform
 import signal
@@ -26,7 +29,9 @@ import httpx
 import numpy as np
 
 DEPLOYS, TRIES, PROMPT = ("1P1D", "2C"), 40, list(range(2, 66))
-LONG, LONG_TRIES, LEAVE_S = list(range(2, 202)) * 5, 6, 0.03  # a prompt of two chunks, left while the first is computed
+LONG, LONG_TRIES = list(range(2, 202)) * 5, 24  # a prompt of two chunks
+LEAVE_S, LATER_S = 0.03, 0.01  # when the first leaves it, while the first chunk is computed; each other, so much later
+CHUNK, CONTEXTS = 512, (512, 1024, 2048, 4096, 8192)
 _GIVE_UP_S = 20.0
 
 
@@ -57,13 +62,13 @@ def free_after(client: httpx.Client, read: int) -> tuple[float, float]:
     return _all_free(client, start), (times[-1] - times[0]) / (read - 1)
 
 
-def free_after_leaving_a_prompt(client: httpx.Client) -> float:
+def free_after_leaving_a_prompt(client: httpx.Client, leave_s: float) -> float:
     """Seconds from the close until no worker holds a page, for a client that did not wait for the first token."""
     body = json.dumps({"prompt": LONG, "max_tokens": 4, "stream": True}).encode()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        time.sleep(LEAVE_S)
+        time.sleep(leave_s)
     return _all_free(client, time.perf_counter())
 
 
@@ -90,11 +95,63 @@ def milliseconds(values: list[float]) -> dict[str, float]:
     return {"p50": round(p50, 2), "p99": round(p99, 2), "worst": round(max(values) * 1e3, 2)}
 
 
+def layers(model: str) -> dict[str, dict[str, float]]:
+    """By context: a chunk's milliseconds as one call and layer by layer (medians, taking turns), and between looks."""
+    import torch
+
+    from disagg.cache.storage import KVStorage
+    from disagg.engine.batch import Batch, Chunk
+    from disagg.engine.runner import Runner
+    from disagg.model.load import load_model
+    from disagg.request import Request, SamplingParams
+
+    torch.set_num_threads(1)
+    loaded = load_model(model)
+    spec, found = loaded.spec, {}
+    storage = KVStorage(num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+                        page_size=16, num_pages=max(CONTEXTS) // 16)  # fmt: skip
+    storage.pages.zero_()
+    runner = Runner(loaded, storage)
+    print(f"{model}, a chunk of {CHUNK} positions on one core; ms\n")
+    print(f"{'context':>8}{'one call':>10}{'by layers':>11}{'ratio':>8}{'between two looks':>19}")
+    for context in (context for context in CONTEXTS if context <= spec.max_len):
+        request = Request("r", context, [5] * context, SamplingParams(temperature=0), frozenset(), 0.0,
+                          num_computed=context, pages=list(range(context // 16)))  # fmt: skip
+        batch = Batch(chunks=[Chunk(request, context - CHUNK, CHUNK, True)])
+        times: dict[bool, list[float]] = {False: [], True: []}
+        looks: list[float] = []
+
+        def look(looks: list[float] = looks) -> bool:
+            looks.append(time.perf_counter())
+            return False
+
+        gaps: list[float] = []
+        runner.run(batch)
+        for number in range(2 * max(3, CONTEXTS[-1] // context)):
+            looks.clear()
+            start = time.perf_counter()
+            runner.run(batch, look if number % 2 else None)
+            looks.append(time.perf_counter())
+            times[bool(number % 2)].append(looks[-1] - start)
+            gaps += [b - a for a, b in itertools.pairwise(looks)]
+        plain, layered = (float(np.median(times[kind])) * 1e3 for kind in (False, True))
+        found[str(context)] = {
+            "one_call_ms": round(plain, 1), "by_layers_ms": round(layered, 1), "ratio": round(layered / plain, 3),
+            "longest_gap_ms": round(max(gaps) * 1e3, 1),
+        }  # fmt: skip
+        print(f"{context:>8}{plain:>10.0f}{layered:>11.0f}{layered / plain:>8.3f}{max(gaps) * 1e3:>19.0f}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="seed")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", action="store_true")
     options = parser.parse_args()
+    if options.layers:
+        print(json.dumps({"benchmark": "layers", "model": options.model, "contexts": layers(options.model)}))
+        return
     found: dict[str, object] = {"benchmark": "disconnect", "model": options.model, "tries": TRIES,
                                 "python": platform.python_version()}  # fmt: skip
     print(f"{options.model} on two cores, {TRIES} clients that go away mid-stream; ms\n")
@@ -104,7 +161,9 @@ def main() -> None:
             for _ in range(3):
                 free_after(client, 5)
             tries = [free_after(client, 5 + number % 7) for number in range(TRIES)]
-            long = milliseconds([free_after_leaving_a_prompt(client) for _ in range(LONG_TRIES)])
+            long = milliseconds([
+                free_after_leaving_a_prompt(client, LEAVE_S + number * LATER_S) for number in range(LONG_TRIES)
+            ])  # fmt: skip
             free, audits = milliseconds([one for one, _ in tries]), [idle_audit(client) for _ in range(TRIES)]
         token, audit = float(np.median([gap for _, gap in tries])) * 1e3, float(np.median(audits)) * 1e3
         found[deploy] = free | {"token_ms": round(token, 2), "audit_ms": round(audit, 2), "in_the_prompt": long}
