@@ -1,11 +1,11 @@
 """The engine on one GPU, in this process, without server or cluster: what a worker's loop can do at best.
 
-Qwen3 shapes with random bf16 weights, by the method that vLLM 0.25.1 was timed with on the same kind of GPU: 256
-requests of 100 to 1024 tokens in and out (seed 0) at temperature 0.6; decode from a context of 128 for 256 tokens;
-prefill alone. Its numbers stand beside ours: those of this machine (--peer-log), or else of another one. So does the
-limit: decode reads every weight once a step, prefill does two FLOPs per weight and token.
+Qwen3 shapes with random weights, bf16 or in eight bits, by the method that vLLM 0.25.1 was timed with on the same kind
+of GPU: 256 requests of 100 to 1024 tokens in and out (seed 0) at temperature 0.6; decode from a context of 128 for 256
+tokens; prefill alone. Its numbers stand beside ours: those of this machine (--peer-log), or else of another one. So
+does the limit: decode reads every weight once a step, prefill does two FLOPs per weight and token.
 
-    python bench/gpu_engine.py --model qwen3-8b [--out FILE] [--peer-log FILE] [--profile] [--check-only]
+    python bench/gpu_engine.py --model qwen3-8b [--dtype fp8] [--out FILE] [--peer-log FILE] [--profile] [--check-only]
     python bench/gpu_engine.py --dry-run     # a tiny model on the CPU: no numbers, all of the code but the kernels
 
 First it checks that steps launched ahead as CUDA graphs give the tokens of steps run one by one without graphs, in the
@@ -133,7 +133,7 @@ class Bench:
     def __init__(self, model: str, shape: Shape, device: str, arguments: argparse.Namespace) -> None:
         self.shape, self.arguments, self.device = shape, arguments, device
         begin = time.perf_counter()
-        self.loaded = load(model, device)
+        self.loaded = load(model, device, arguments.dtype)
         self.load_s = time.perf_counter() - begin
         self.draw = random.Random(0)
         self.vocabulary = min(10_000, self.loaded.spec.vocab_size - 1)
@@ -293,37 +293,41 @@ def milliseconds(run: Callable[[], Any], device: str, repeats: int = 50) -> floa
     return (time.perf_counter() - begin) / repeats * 1e3
 
 
-def load(model: str, device: str) -> Loaded:
-    """Random weights of a shape; bf16 on a GPU, float32 on a CPU."""
+def load(model: str, device: str, dtype: str) -> Loaded:
+    """Random weights of a shape; float32 on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[model]))
-        dtype = "bfloat16" if device == "cuda" else "float32"
-        return load_model(folder, dtype=dtype, device=device, random_weights=True)
+        return load_model(folder, dtype=dtype if device == "cuda" else "float32", device=device, random_weights=True)
 
 
 def _params(temperature: float, max_tokens: int, seed: int) -> SamplingParams:
     return SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed)
 
 
-def limits(spec: ModelSpec, shape: Shape) -> dict[str, float]:
-    """The best there can be: weights and cache at the speed of a copy, arithmetic at that of a matrix product."""
+def limits(spec: ModelSpec, shape: Shape, dtype: str) -> dict[str, float]:
+    """The best there can be: weights and cache at the speed of a copy, arithmetic at that of a matrix product.
+
+    In eight bits a layer's matrices are half the bytes, and their products take half the time.
+    """
     sizes = {name: torch.Size(dims).numel() for name, dims in expected_shapes(spec).items()}
     total = sum(sizes.values())
     embedding = sizes["model.embed_tokens.weight"]
     read = total if spec.tied else total - embedding
     body = total - embedding * (1 if spec.tied else 2)
+    less = 2 if dtype == "fp8" else 1
+    weights = 2 * body / less + 2 * (read - body)
     kv_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
     attention = 4 * spec.num_layers * spec.num_heads * spec.head_dim  # FLOPs per pair of positions
     found: dict[str, float] = {}
     for batch in shape.batches:
-        num_bytes = 2 * read + batch * kv_token * (128 + shape.new_tokens / 2)
+        num_bytes = weights + batch * kv_token * (128 + shape.new_tokens / 2)
         found[f"decode {batch}, ms"] = num_bytes / COPY_BYTES_S * 1e3
     number, length = shape.many
-    per_token = 2 * body + attention * length / 2
+    per_token = 2 * body / less + attention * length / 2
     found[f"prefill {number}x{length}, tok/s"] = MATMUL_FLOPS / per_token
     for length in shape.prompts:
-        flops = length * (2 * body + attention * length / 2)
-        found[f"prefill 1x{length}, ms"] = max(flops / MATMUL_FLOPS, 2 * read / COPY_BYTES_S) * 1e3
+        flops = length * (2 * body / less + attention * length / 2)
+        found[f"prefill 1x{length}, ms"] = max(flops / MATMUL_FLOPS, weights / COPY_BYTES_S) * 1e3
     return found
 
 
@@ -353,6 +357,7 @@ def table(found: dict[str, float], model: str, peers: dict[str, float], bounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[name for name in CONFIGS if name != "tiny"], default="qwen3-8b")
+    parser.add_argument("--dtype", choices=["bfloat16", "fp8"], default="bfloat16")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     parser.add_argument("--peer-log", type=Path, help="what vLLM's timing script printed for this model here")
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
@@ -375,12 +380,13 @@ def main() -> None:
           f"{bench.storage.num_pages} pages", flush=True)  # fmt: skip
     faults = bench.check()
     found = {} if arguments.check_only else bench.measure()
-    print(table(found, arguments.model, peers, limits(bench.loaded.spec, shape)))
+    print(table(found, arguments.model, peers, limits(bench.loaded.spec, shape, arguments.dtype)))
     if arguments.profile:
         bench.profile()
     result = {
-        "bench": "gpu_engine", "model": arguments.model, "command": " ".join(sys.argv), "faults": faults,
-        "results": found, "limits": limits(bench.loaded.spec, shape), "vllm": peers,
+        "bench": "gpu_engine", "model": arguments.model, "dtype": arguments.dtype, "command": " ".join(sys.argv),
+        "faults": faults,
+        "results": found, "limits": limits(bench.loaded.spec, shape, arguments.dtype), "vllm": peers,
         "vllm_same_machine": measured is not None, "load_s": bench.load_s,
         "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
         "num_pages": bench.storage.num_pages,

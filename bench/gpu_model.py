@@ -1,4 +1,6 @@
-"""How long one forward pass of a model takes on a GPU: python bench/gpu_model.py [--model M] [--profile] [--out FILE]
+"""How long one forward pass of a model takes on a GPU.
+
+    python bench/gpu_model.py [--model M] [--dtype fp8] [--profile] [--out FILE]
 
 Random weights, drawn on the device. Decoding is a CUDA graph at contexts of 256 tokens, prompts run as they do in the
 engine, without one; neither scheduling nor sampling is in it. Beside each time stands the limit: weights and cache
@@ -17,6 +19,7 @@ import torch
 from gpu_ops import DTYPE, MODELS, PAGE_SIZE, graph_ms, make_step
 
 from disagg.model.decoder import Decoder
+from disagg.model.fp8 import FP8
 from disagg.model.ops import Step, pick_ops
 from disagg.model.spec import ModelSpec, RopeSpec
 from disagg.model.weights import Place, from_seed
@@ -36,6 +39,7 @@ SPECS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SPECS), action="append")
+    parser.add_argument("--dtype", choices=["bfloat16", "fp8"], default="bfloat16")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-early", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -45,8 +49,9 @@ def main() -> None:
         return
     if args.no_early:
         _start_late()
-    results = {name: measure(name, args.profile) for name in args.model or SPECS}
-    text = json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "models": results})
+    results = {name: measure(name, args.dtype == "fp8", args.profile) for name in args.model or SPECS}
+    text = json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": args.dtype,
+                       "models": results})  # fmt: skip
     if args.out:
         args.out.write_text(text)
     print(text)
@@ -60,19 +65,21 @@ def _start_late() -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, profiled: bool) -> dict[str, float]:
+def measure(name: str, eight_bits: bool, profiled: bool) -> dict[str, float]:
     """Milliseconds by what was timed."""
     spec = SPECS[name]
     begin = time.perf_counter()
-    model = Decoder(spec, from_seed(spec, 42, Place("cuda", DTYPE)), pick_ops("cuda", DTYPE))
+    model = Decoder(spec, from_seed(spec, 42, Place("cuda", DTYPE)), pick_ops("cuda", FP8 if eight_bits else DTYPE))
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     found = {"load_s": time.perf_counter() - begin, "memory_gib": torch.cuda.memory_allocated() / 2**30}
     print(f"\n{name}: loaded in {found['load_s']:.1f} s, {found['memory_gib']:.1f} GiB")
+    head = spec.vocab_size * spec.hidden_size
+    body = spec.num_params - head * (1 if spec.tied else 2)  # a row of the embedding is read, not all
+    weights, less = (body + 2 * head, 2) if eight_bits else (2 * body + 2 * head, 1)
     for batch in (1, 8, 32, 128):
         step, pages = _inputs(spec, [(1, CONTEXT)] * batch)
-        num_bytes = spec.weight_bytes("bfloat16") + batch * CONTEXT * spec.kv_bytes_per_token("bfloat16")
-        if not spec.tied:
-            num_bytes -= spec.vocab_size * spec.hidden_size * 2  # a row of the embedding is read, not all
+        num_bytes = weights + batch * CONTEXT * spec.kv_bytes_per_token("bfloat16")
         flop = batch * spec.decode_flops(CONTEXT)
         found[f"decode_{batch}"] = graph_ms([lambda: model.forward(step, pages)] * 2, 20)  # noqa: B023
         _print(f"decode, batch {batch}", found[f"decode_{batch}"], max(num_bytes / BANDWIDTH, flop / PEAK), batch)
@@ -82,7 +89,8 @@ def measure(name: str, profiled: bool) -> dict[str, float]:
     for count, length in ((1, 128), (1, 512), (1, 2048), (4, 2048), (1, 8192)):
         step, pages = _inputs(spec, [(length, length)] * count)
         found[f"prefill_{count}x{length}"] = ms = eager_ms(lambda: model.forward(step, pages))  # noqa: B023
-        limit = max(count * spec.prefill_flops(length) / PEAK, spec.weight_bytes("bfloat16") / BANDWIDTH)
+        flop = count * spec.prefill_flops(length) - 2 * body * (1 - 1 / less) * count * length
+        limit = max(flop / PEAK, weights / BANDWIDTH)
         _print(f"prefill, {count} x {length}", ms, limit, count * length)
         if profiled and count * length > 2048:
             _profile(lambda: model.forward(step, pages), ms)  # noqa: B023

@@ -9,7 +9,7 @@ from disagg.errors import BudgetError, InputError
 
 DeviceKind = Literal["cpu", "cuda"]
 Role = Literal["both", "prefill", "decode"]
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["float32", "float16", "bfloat16", "fp8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ops_data import MIXED, make_rope, make_step
+from ops_cuda_data import DEVICE, ON_GPU, assert_close, draw, make_layer, on_device, rope_on_device, widened
+from ops_data import MIXED, make_step
 from torch import Tensor
 
-from disagg.model.ops import LayerWeights, ReferenceOps, Rope, Step, compose_decoder
+from disagg.model.ops import ReferenceOps, compose_decoder
 
 pytest.importorskip("triton")
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
-from disagg.model.ops_cuda import CudaOps  # noqa: E402 - Triton reads the variable when kernels are defined
-from disagg.model.ops_cuda_decode import Fused, attend_decodes  # noqa: E402
-from disagg.model.ops_cuda_linear import Extras, small_product  # noqa: E402
+from disagg.model.ops_cuda import CudaOps
+from disagg.model.ops_cuda_decode import Fused, attend_decodes
+from disagg.model.ops_cuda_linear import Extras, small_product
 
 # Triton 3.6's interpreter relies on something numpy deprecated, and removed in 2.4
 pytestmark = [pytest.mark.gpu] if ON_GPU else [pytest.mark.filterwarnings("ignore:Conversion of an array")]
@@ -46,25 +42,6 @@ DECODES = [(1, n) for n in (1, 2, 63, 64, 65, 130, 200)]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-
-
-def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
-
-
-def assert_close(ours: Tensor, expected: Tensor, bound: float) -> None:
-    assert ours.shape == expected.shape
-    error = (ours.float() - expected).norm() / expected.norm()
-    assert error <= bound, f"error {error:.2e}, bound {bound:.0e}"  # NaN fails too
-
-
-def on_device(step: Step, **host: Any) -> Step:
-    tensors = {name: value.to(DEVICE) for name, value in vars(step).items() if isinstance(value, Tensor)}
-    return replace(step, **tensors, **host)
-
-
-def rope_on_device(size: int) -> Rope:
-    return Rope(*(table.to(DEVICE) for table in (make_rope(size).cos, make_rope(size).sin)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,32 +163,6 @@ def test_attention_finds_each_tile_of_hundreds_of_sequences() -> None:
     pages, q = draw(num_pages, 1, 2, 1, 16, 16, dtype=torch.float32), draw(len(step.tokens), 1, 16, dtype=torch.float32)
     expected = REFERENCE.attend(q, 0, pages, step, 0.25)
     assert_close(CudaOps(torch.float32).attend(q, 0, pages, step, 0.25), expected, BOUNDS[torch.float32])
-
-
-def make_layer(hidden: int, heads: tuple[int, int, int], width: int, extras: bool, dtype: torch.dtype) -> LayerWeights:
-    num_heads, num_kv, size = heads
-
-    def weight(*shape: int) -> Tensor:
-        return draw(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
-
-    def norm(length: int) -> Tensor:
-        return (torch.rand(length, device=DEVICE) + 0.5).to(dtype)
-
-    qkv = (num_heads + 2 * num_kv) * size
-    layer = LayerWeights(
-        norm(hidden), weight(qkv, hidden), weight(hidden, num_heads * size),
-        norm(hidden), weight(2 * width, hidden), weight(hidden, width),
-    )  # fmt: skip
-    if not extras:
-        return layer
-    return replace(
-        layer, qkv_bias=weight(qkv), q_norm=norm(size), k_norm=norm(size), out_bias=weight(hidden),
-        gate_up_bias=weight(2 * width), down_bias=weight(hidden),
-    )  # fmt: skip
-
-
-def widened(layer: LayerWeights) -> LayerWeights:
-    return LayerWeights(**{name: None if value is None else value.float() for name, value in vars(layer).items()})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

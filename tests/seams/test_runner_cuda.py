@@ -68,7 +68,7 @@ def test_greedy_tokens_are_those_of_the_cpu(variant, tmp_path):
     assert serve(on_gpu(there), params, lengths) == serve(Runner(here, storage(here)), params, lengths)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "fp8"])
 def test_graphs_and_running_ahead_change_no_token(dtype, tmp_path):
     """In the same batch shapes, every bit is the same: greedy, drawn, filtered."""
     loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype=dtype, device="cuda")

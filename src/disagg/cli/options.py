@@ -16,7 +16,11 @@ def deployment(*, model: str, deploy: str) -> Callable[[Callable[..., Any]], Cal
             "--model", default=model, show_default=True, help="seed, smollm2, a folder, a .gguf file or a hub id."
         ),
         click.option("--random-weights", is_flag=True, help="Draw the weights instead of loading them."),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on cores, bfloat16 on GPUs."),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            help="Default: float32 on cores, bfloat16 on GPUs. fp8: on Hopper GPUs.",
+        ),
         click.option("--deploy", default=deploy, show_default=True, help="1C, 2C, 1P1D, 2P1D, ..."),
         click.option("--budget", help="cpu:N (cores) or cuda:0,1 (GPUs). Default: all cores of this process."),
     )

@@ -49,8 +49,10 @@ def forked(deployment: Deployment, restart: bool, nodes: Path = Path("/sys/devic
 
 
 def kv_dtype(engine: EngineSpec, kind: DeviceKind) -> str:
-    """The dtype of keys and values in the cache."""
-    return KV_DTYPE if kind == "cpu" else engine.dtype
+    """The dtype of keys and values in the cache: that of activations."""
+    if kind == "cpu":
+        return KV_DTYPE
+    return "bfloat16" if engine.dtype == "fp8" else engine.dtype
 
 
 def pages_per_worker(engine: EngineSpec, spec: ModelSpec, deployment: Deployment) -> int:

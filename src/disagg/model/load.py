@@ -23,6 +23,7 @@ from disagg.model import seed as seed_model
 from disagg.model import tokenizer as tokenizers
 from disagg.model import weights
 from disagg.model.decoder import Decoder
+from disagg.model.fp8 import FP8
 from disagg.model.gguf_reader import GgufFile
 from disagg.model.ops import Between, Ops, ReferenceOps, Step, pick_ops
 from disagg.model.spec import SEED, ModelSpec, dtype_bytes, shorten
@@ -137,9 +138,11 @@ def load_model(
 
 
 def _place(device: str, dtype: str) -> weights.Place:
-    """A CPU reads float32 and packs it itself; a GPU gets its dtype at once."""
+    """A CPU reads float32 and packs it itself; a GPU gets its dtype at once, or what is rounded to eight bits."""
     dtype_bytes(dtype)
-    return weights.Place(device, torch.float32 if torch.device(device).type == "cpu" else getattr(torch, dtype))
+    if torch.device(device).type == "cpu":
+        return weights.Place(device, torch.float32)
+    return weights.Place(device, torch.bfloat16 if dtype == "fp8" else getattr(torch, dtype))
 
 
 def _open(
@@ -173,7 +176,7 @@ def _ops(spec: ModelSpec, device: str, dtype: str) -> Ops:
             raise ModelError(f"Heads of {spec.head_dim} numbers need --dtype float32 on a CPU.")
         return ReferenceOps()  # the fast kernels need heads that are multiples of 16
     try:
-        return pick_ops(device, getattr(torch, dtype))
+        return pick_ops(device, FP8 if dtype == "fp8" else getattr(torch, dtype))
     except ValueError as error:
         raise ModelError(f"dtype {dtype} cannot be used on {device}: {error}.") from error
 

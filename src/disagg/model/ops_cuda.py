@@ -29,6 +29,7 @@ class _Layer(NamedTuple):
 
     weights: LayerWeights
     qkv: Extras
+    fused: Fused
     gate_up: Extras
 
 
@@ -79,6 +80,7 @@ class CudaOps:
             _Layer(
                 w,
                 Extras(norm=w.attention_norm, eps=eps, bias=w.qkv_bias, early=index > 0),
+                Fused(rope, w.q_norm, w.k_norm, eps),
                 Extras(norm=w.mlp_norm, eps=eps, bias=w.gate_up_bias, gated=True),
             )
             for index, w in enumerate(layers)
@@ -87,25 +89,21 @@ class CudaOps:
         def run(hidden: Tensor, step: Step, pages: Tensor, layers: range | None = None) -> Tensor:
             assert layers is None, "kernels start before the one ahead has ended: nothing may come between layers"
             x = hidden if len(hidden) <= MAX_ROWS else hidden.clone()  # add_product writes into it
-            for index, (w, qkv, gate_up) in enumerate(stack):
-                attended = self._attention(extended_product(x, w.qkv, qkv), w, step, index, pages, rope, eps)
+            for index, (w, qkv, fused, gate_up) in enumerate(stack):
+                attended = self.attention(extended_product(x, w.qkv, qkv), fused, step, index, pages)
                 x = add_product(x, attended, w.out, w.out_bias)
                 x = add_product(x, extended_product(x, w.gate_up, gate_up), w.down, w.down_bias)
             return x
 
         return run
 
-    def _attention(
-        self, qkv: Tensor, w: LayerWeights, step: Step, layer: int, pages: Tensor, rope: Rope | None, eps: float
-    ) -> Tensor:
-        """From the merged projection to what the output projection takes."""
+    def attention(self, qkv: Tensor, fused: Fused, step: Step, layer: int, pages: Tensor) -> Tensor:
+        """From the merged projection [T, (Hq + 2 Hkv) * D] to what the output projection takes, [T, Hq * D]."""
         num_kv, _, size = pages.shape[3:]
         scale = size**-0.5
         if step.max_query_len != 1:
-            q = rotate_and_store(qkv, step, layer, pages, rope, w.q_norm, w.k_norm, eps)
-            return self.attend(q, layer, pages, step, scale)
+            return self.attend(rotate_and_store(qkv, step, layer, pages, *fused), layer, pages, step, scale)
         out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * num_kv * size)
-        fused = Fused(rope, w.q_norm, w.k_norm, eps)
         attend_decodes(qkv, layer, pages, step, scale, out, len(step.context_len), fused)
         return out
 

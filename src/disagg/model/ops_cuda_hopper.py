@@ -1,4 +1,5 @@
-"""Products of 2 to 64 rows with a weight on Hopper GPUs, for `CudaOps`: what ops_cuda_matrix.py defines, sooner done.
+"""Products of few rows with a weight on Hopper GPUs: for `CudaOps` what ops_cuda_matrix.py defines, sooner done; for
+`Fp8Ops` the same in eight bits, scaled by row.
 
 A product of few rows takes as long as its weight takes to be read, and the memory idles between two of them: the end of
 one, the start of the next, the first answers. So a program asks for its first STAGES - 1 tiles of the weight before it
@@ -25,16 +26,19 @@ from disagg.model.ops_cuda_jit import kernel
 
 @partial(kernel, jit=gluon.jit)
 def hopper_kernel(  # noqa: C901 - most branches are decided when it is compiled
-    x, weight, bias, residual, out, parts, counters, rows, num_out, depth,
+    x, weight, bias, residual, out, parts, counters, x_scale, weight_scale, rows, num_out, depth,
     ROWS: gl.constexpr, OUTPUTS: gl.constexpr, INPUTS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """OUTPUTS x ROWS numbers, `rows` of the ROWS are real, over one of PARTS parts of the inputs; four warps."""
     if EARLY:
         gdc_launch_dependents()
     dtype: gl.constexpr = weight.dtype.element_ty
-    copied: gl.constexpr = gl.BlockedLayout([1, 8], [256 // INPUTS, INPUTS // 8], [4, 1], [1, 0])
-    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    PIECE: gl.constexpr = 128 // BITS  # numbers of one copy: 16 bytes
+    copied: gl.constexpr = gl.BlockedLayout([1, PIECE], [32 * PIECE // INPUTS, INPUTS // PIECE], [4, 1], [1, 0])
+    summed: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 256 // BITS])
     PLANES: gl.constexpr = 2 if GATED else 1
     block, part = gl.program_id(0), gl.program_id(1)
     turns = depth // (PARTS * INPUTS)
@@ -48,7 +52,8 @@ def hopper_kernel(  # noqa: C901 - most branches are decided when it is compiled
     lane = part * share + gl.arange(0, INPUTS, layout=gl.SliceLayout(0, copied))
     from_weight = weight + output.to(gl.int64)[:, None] * depth + lane[None, :]
     from_up = from_weight + num_out.to(gl.int64) * depth
-    row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, copied)), rows - 1)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, copied))
+    real = (row < rows)[:, None]  # to read the last row again instead would keep all waiting for the same lines
     from_x = x + row[:, None] * depth + lane[None, :]
     for turn in gl.static_range(STAGES - 1):
         if turn < turns:
@@ -58,7 +63,7 @@ def hopper_kernel(  # noqa: C901 - most branches are decided when it is compiled
         gdc_wait()
     for turn in gl.static_range(STAGES - 1):
         if turn < turns:
-            async_copy.async_copy_global_to_shared(inputs.index(turn), from_x + turn * INPUTS)
+            async_copy.async_copy_global_to_shared(inputs.index(turn), from_x + turn * INPUTS, real)
         async_copy.commit_group()
 
     total = gl.zeros([OUTPUTS, ROWS], gl.float32, layout=summed)
@@ -70,7 +75,7 @@ def hopper_kernel(  # noqa: C901 - most branches are decided when it is compiled
         ahead = turn + STAGES - 1
         if ahead < turns:
             _copy_weight(weights, from_weight, from_up, ahead, ahead % STAGES, INPUTS, PLANES)
-            async_copy.async_copy_global_to_shared(inputs.index(ahead % STAGES), from_x + ahead * INPUTS)
+            async_copy.async_copy_global_to_shared(inputs.index(ahead % STAGES), from_x + ahead * INPUTS, real)
         async_copy.commit_group()
         place = turn % STAGES
         value = inputs.index(place).permute((1, 0))
@@ -104,6 +109,9 @@ def hopper_kernel(  # noqa: C901 - most branches are decided when it is compiled
                 total_up += gl.load(mine + (other * PLANES + 1) * SIZE, cache_modifier=".cg")
     output += block * OUTPUTS
     inside = (output < num_out)[:, None]
+    if SCALED:
+        by_row = gl.load(x_scale + row[None, :], mask=(row < rows)[None, :], other=0.0)
+        total *= gl.load(weight_scale + output[:, None], mask=inside, other=0.0) * by_row
     if HAS_BIAS:
         total += gl.load(bias + output[:, None], mask=inside, other=0.0).to(gl.float32)
     if GATED:

@@ -90,13 +90,13 @@ def small_product(
         planes = 2 if extras.gated else 1
         parts = torch.empty(blocks * tile.parts * planes * tile.outputs * padded, dtype=torch.float32, device=x.device)
         counters = counters_on(x.device)
-    arguments = (x, weight, *beside, parts, counters, rows, num_out, depth)
+    arguments, sizes = (x, weight, *beside, parts, counters), (rows, num_out, depth)
+    flags |= {"ROWS": padded, "PARTS": tile.parts}
     if flags["EVEN"] and tile.outputs in (64, 128) and tile.warps == 4 and hopper:
-        function = hopper_kernel
         del flags["EVEN"]
+        launch(hopper_kernel, (blocks, tile.parts), *arguments, None, None, *sizes, SCALED=False, early=early, **flags)
     else:
-        function = matrix_kernel
-    launch(function, (blocks, tile.parts), *arguments, ROWS=padded, PARTS=tile.parts, early=early, **flags)
+        launch(matrix_kernel, (blocks, tile.parts), *arguments, *sizes, early=early, **flags)
     return out
 
 
@@ -115,11 +115,11 @@ def _tile(rows: int, num_out: int, depth: int, gated: bool, hopper: bool) -> Til
             return Tile(4, 512, 4, 3, 4096)
         return Tile(2, 1024, 4, 3) if gated or depth > 8192 else Tile(4, 1024, 4, 3, 1024)
     if not hopper or depth % 64:  # as much as fits anywhere, in any dtype
-        return _in_parts(Tile(32, 64, 4, 3), num_out, depth)
-    return _in_parts(Tile(64, 64 if depth % 128 else 128, 4, 4 if gated or rows > 16 else 6), num_out, depth)
+        return in_parts(Tile(32, 64, 4, 3), num_out, depth)
+    return in_parts(Tile(64, 64 if depth % 128 else 128, 4, 4 if gated or rows > 16 else 6), num_out, depth)
 
 
-def _in_parts(tile: Tile, num_out: int, depth: int) -> Tile:
+def in_parts(tile: Tile, num_out: int, depth: int) -> Tile:
     """Cut the inputs of a product with few outputs, so that every multiprocessor has something to read."""
     parts, blocks = 1, triton.cdiv(num_out, tile.outputs)
     while (

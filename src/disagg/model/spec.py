@@ -21,7 +21,7 @@ ARCHITECTURES: dict[str, Family] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +180,7 @@ def shorten(spec: ModelSpec, max_len: int | None) -> ModelSpec:
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one element. Raises ModelError for a dtype that is not float32, float16 or bfloat16."""
+    """Bytes of one element. Raises ModelError for a dtype that is none of DTYPE_BYTES."""
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"dtype {dtype!r} is not supported: use {', '.join(DTYPE_BYTES)}.")
     return DTYPE_BYTES[dtype]
