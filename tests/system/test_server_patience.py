@@ -124,6 +124,22 @@ def test_sigterm_before_the_first_token_of_the_first_stream(tmp_path):
         assert server.process.wait(10) == 0
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_drain(tmp_path, second):
+    """At once: what was under way ends with an error that its client can read, and the exit code is 130."""
+    with serving(tmp_path, "--model", "seed", *DEPLOY, "--drain", "100") as server:
+        body = {"prompt": [1], "max_tokens": 8000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            settled(lambda: server.get("/health").status_code == 503)
+            server.process.send_signal(second)
+            last = [json.loads(line.removeprefix("data: ")) for line in lines if line][-1]
+        assert last["error"]["code"] == "unavailable"
+        assert server.process.wait(10) == 130
+
+
 def test_a_start_can_be_given_up_while_the_canary_sings():
     """Its requests are under way on both workers: what `progress` raises, as the server's does on a signal, ends it."""
 

@@ -124,6 +124,18 @@ def test_who_leaves_before_its_body_is_there_has_a_record():
     assert (one.finish_reason, one.prompt_len, one.error) == ("abort", 0, "")
 
 
+def test_a_body_that_does_not_come_is_a_408():
+    """After the time that a client may take for it; with a Record, as of all that is refused."""
+
+    async def scenario(cluster, app):
+        client = Asker(app, body=None)
+        status, body = await client.answer()
+        assert (status, body["error"]["type"]) == (408, "invalid_request_error")
+
+    (one,) = asking(scenario, body_s=0.01)
+    assert (one.finish_reason, one.error) == ("refused", "408")
+
+
 def test_who_is_late_while_the_deployment_takes_its_request_has_one_record_a_choice(monkeypatch):
     """That of the deployment, which has the request: what was not done in time is not also refused."""
     monkeypatch.setattr(reply, "_GRACE_S", 0.0)

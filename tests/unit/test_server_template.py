@@ -41,7 +41,7 @@ def test_a_template_cannot_escape(template, tmp_path, caplog, monkeypatch):
     tokenizer = HuggingFaceTokenizer(wrapped)
     info = SimpleNamespace(tokenizer=tokenizer, spec=SimpleNamespace(vocab_size=256))
     cluster = SimpleNamespace(info=info, engine=SimpleNamespace(max_len=99, page_size=1), num_pages=99)
-    front = SimpleNamespace(cluster=lambda: cluster, workers=[], note=lambda records: None)
+    front = SimpleNamespace(cluster=lambda: cluster, workers=[], note=lambda records, exchange: None)
     state = State(Settings(model="m"), front, Metrics(lambda: None))
     client = TestClient(create_app(state, Keys([]), frozenset()))
     body = {"messages": [{"role": "user", "content": "a"}]}

@@ -11,7 +11,6 @@ thread submits and polls, and what is said of workers here happens while it poll
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -33,18 +32,13 @@ from disagg.cluster.supervise import Death, Supervisor
 from disagg.cluster.supervise import WorkerStatus as WorkerStatus
 from disagg.cluster.worker import WorkerConfig
 from disagg.config import Deployment, EngineSpec, Role
-from disagg.errors import Overloaded, RequestError, WorkerLost
+from disagg.errors import Overloaded, WorkerLost
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
 
 MOST_ATTEMPTS = 5  # of one request: one that kills every worker it meets must not do so for ever
 _HEARTBEAT_S = 0.25
 _AUDIT_S = 5.0  # how long a worker may take to answer, the step that it is in included
-_LONGEST_RETRY_AFTER_S = 60.0
-_NO_PAIR = (
-    "Fewer than two workers are left, and none is started again after failing five times in a row: nothing can be "
-    "handed over. Restart the deployment, or let this request be colocated."
-)
 
 
 class Cluster:
@@ -84,10 +78,8 @@ class Cluster:
         self._eos = frozenset(self.info.spec.eos_ids)
         self.num_pages = limits.pages_per_worker(self.engine, self.info.spec, deployment)
         self._max_outstanding = max_outstanding
-        self._clock = WallClock()
-        self._policy = policy
-        self._ledger = Ledger(self._over)
-        self._recent = Recent()
+        self._clock, self._policy = WallClock(), policy
+        self._ledger, self._recent = Ledger(self._over), Recent()
         self._snapshots: dict[str, Snapshot] = {}  # by address: the last one of each worker
         self._parked: dict[str, None] = {}  # requests that wait for a worker to come up, oldest first
         self._untold: list[Update] = []  # news for the next `poll`
@@ -98,11 +90,9 @@ class Cluster:
             self._open.callback(remove_folder, folder)
             self._mailbox = Mailbox(folder, FRONT)
             self._open.callback(self._mailbox.close)
-            heartbeat_s = _HEARTBEAT_S if supervise else None
-            configs = [
-                WorkerConfig(spec, 0, self.engine, str(folder), self.num_pages, lease_s, max_wait_s, heartbeat_s)
-                for spec in deployment.workers
-            ]
+            beat_s = _HEARTBEAT_S if supervise else None
+            common = (self.engine, str(folder), self.num_pages, lease_s, max_wait_s, beat_s)
+            configs = [WorkerConfig(spec, 0, *common) for spec in deployment.workers]
             self._supervisor = Supervisor(
                 configs, self._mailbox, self._clock, restart=supervise, silence_s=silence_s,
                 fork_from=Template(self.engine, folder) if limits.forked(deployment, restart=supervise) else None,
@@ -123,9 +113,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def submit(
@@ -177,8 +165,8 @@ class Cluster:
         except WorkerLost:
             if not self._untold:
                 raise  # else by the next call
-        updates, self._untold = self._untold, []
-        return updates
+        told, self._untold = self._untold, []
+        return told
 
     def watch(self, fd: int) -> None:
         """Let `poll` return early while this file descriptor is readable: another thread has something to say."""
@@ -216,12 +204,8 @@ class Cluster:
 
         Does not block and may be called from any thread. Workers without supervision tell nothing.
         """
-        now = self._clock.now()
-        silent = self._supervisor.silent()
-        lines = [
-            WorkerLine(w.name, w.address, w.role, w.up, silent.get(w.address, False), self._snapshots.get(w.address))
-            for w in self.workers()
-        ]
+        now, told = self._clock.now(), self._snapshots
+        lines = [WorkerLine(w.name, w.address, w.role, w.up, w.silent, told.get(w.address)) for w in self.workers()]
         return Status(
             now, self.deployment.name, self.engine.model, self._policy, self.num_pages, self.engine.page_size,
             self._supervisor.page_bytes, lines, self.counters(), self._recent.series(now), self._recent.rows(),
@@ -243,9 +227,9 @@ class Cluster:
         self.begin_audit(told.append)
         while not told:
             self._turn(0.1)
-        if isinstance(told[0], WorkerLost):
-            raise told[0]
-        return told[0]
+        if isinstance(answer := told[0], WorkerLost):
+            raise answer
+        return answer
 
     def close(self) -> None:
         """Stop the workers and remove every trace. May be called twice."""
@@ -256,30 +240,26 @@ class Cluster:
     def _check(self, asked: Sequence[Asked]) -> None:
         """Raise unless all of these can be taken now. See `submit_all`."""
         entry.check(asked, self.deployment, self.engine, self.info.spec.vocab_size, self.num_pages)
-        if len(asked) > self._max_outstanding:
-            raise RequestError(f"{len(asked)} at a time are more than the {self._max_outstanding} that may be queued.")
-        if len(self._ledger) + len(asked) > self._max_outstanding:
+        try:
+            entry.check_room(asked, len(self._ledger), self._max_outstanding, self._recent.end_gap_s)
+            entry.check_routes(asked, len(self._router.workers), self._supervisor.num_left)
+        except (Overloaded, WorkerLost):
             self._ledger.counts["refused"] += len(asked)
-            raise Overloaded(min(max(self._recent.end_gap_s, 0.1), _LONGEST_RETRY_AFTER_S))
-        if len(self._router.workers) < 2 and any(routing == "disaggregated" for _, _, routing in asked):
-            self._ledger.counts["refused"] += len(asked)
-            hope = "Fewer than two workers are up, so nothing can be handed over: retry later."
-            raise WorkerLost(hope if self._supervisor.num_left > 1 else _NO_PAIR)
+            raise
 
     def _admit(self, asked: Sequence[Asked], **rest: Any) -> list[str]:
         """Take all of these, which have been checked, or none. `rest`: see `entry.opened`."""
         now, arm = self._clock.now(), self.deployment.name
         lives = [entry.opened(one, now, arm=arm, eos=self._eos, **rest) for one in asked]
-        ids = [live.record.request_id for live in lives]
         try:
             for live in lives:
                 self._ledger.open(live)
                 self._place(live)
         except BaseException:
-            for request_id in ids:
-                self.abort(request_id)
+            for live in lives:
+                self.abort(live.record.request_id)
             raise
-        return ids
+        return [live.record.request_id for live in lives]
 
     def _send(self, worker: str, message: m.Message) -> None:
         """To a worker that lives; what a dead one should have done is done for it."""
@@ -355,19 +335,14 @@ class Cluster:
         now, updates = self._clock.now(), self._untold
         for message in messages:
             self._on_message(message, now, updates)
-        deaths = self._supervisor.check(readable)
-        if deaths:
-            self._mourn(deaths, updates)
+        self._mourn(self._supervisor.check(readable), updates)
         self._give_up(updates)
         for request_id in self._ledger.overdue(now):
             record = self._cut_off(request_id, FinishReason.ERROR, "It was not done by its deadline.", expired=True)
             updates.append(Update(request_id, [], [], record))
         for worker, silent in self._supervisor.silent().items():
             self._router.set_silent(worker, silent)
-        for seat in self._supervisor.seats.values():
-            if seat.draining and not self._ledger.that_need(seat.worker):
-                self._send(seat.worker, m.Stop())
-                seat.draining = False  # said; should it not have heard, its next heartbeat starts anew
+        self._supervisor.dismiss(lambda worker: not self._ledger.that_need(worker))
         self._audits.settle(now, self._supervisor.up)
 
     def _on_message(self, message: Any, now: float, updates: list[Update]) -> None:
@@ -418,8 +393,7 @@ class Cluster:
                 self._retry(request_id, reason, updates)
 
     def _give_up(self, updates: list[Update]) -> None:
-        """End what waits for two workers and will never have them. That none is left at all, `check` raises."""
-        if self._parked and self._supervisor.num_left < 2:
-            for request_id in list(self._parked):
-                if self._ledger[request_id].routing == "disaggregated":
-                    self._end(request_id, FinishReason.ERROR, _NO_PAIR, updates)
+        """End what waits for two workers and will never have them. That none is left at all, `poll` raises."""
+        for request_id in list(self._parked) if self._supervisor.num_left < 2 else ():
+            if self._ledger[request_id].routing == "disaggregated":
+                self._end(request_id, FinishReason.ERROR, entry.NO_PAIR, updates)

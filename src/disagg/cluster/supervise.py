@@ -208,6 +208,13 @@ class Supervisor:
             raise WorkerLost(f"No worker could be kept alive; the last one: {self._last_death}")
         return deaths
 
+    def dismiss(self, is_free: Callable[[str], bool]) -> None:
+        """End the workers that are to end, once nothing needs them any more."""
+        for seat in self.seats.values():
+            if seat.draining and is_free(seat.worker):
+                self._mailbox.send(seat.worker, m.Stop())
+                seat.draining = False  # said; should it not have heard, its next heartbeat starts anew
+
     def close(self) -> None:
         """Stop all processes."""
         seats = [seat for seat in self.seats.values() if seat.process is not None]

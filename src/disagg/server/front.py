@@ -17,41 +17,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from disagg.cluster.cluster import Cluster, Update, WorkerStatus
 from disagg.cluster.messages import AuditReport
-from disagg.model.tokenizer import Detokenizer, NoTokenizer
 from disagg.record import Record
-from disagg.request import FinishReason, SamplingParams
+from disagg.request import FinishReason
+from disagg.server.choice import Choice, text_of
 from disagg.server.exchange import Ask, Exchange, Piece
 from disagg.server.problems import Problem, unavailable
-from disagg.text import Detokenizes, TextStream
 
 _POLL_S = 0.25
 
 _T = TypeVar("_T")
-
-
-class _Choice(NamedTuple):
-    """Where the tokens of one request of the Cluster go."""
-
-    exchange: Exchange
-    place: int
-    text: TextStream
-    offsets: bool  # whether they are asked for
-
-
-class _Numbers:
-    """Text of a model without a tokenizer: its token ids, each followed by a space."""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """See Detokenizes."""
-        return "".join(f"{token} " for token in ids)
-
-    def flush(self) -> str:
-        """See Detokenizes."""
-        return ""
 
 
 class _Stopped(Exception):
@@ -84,7 +62,7 @@ class Front:
         self._loop = asyncio.get_running_loop()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._commands: deque[Callable[[Cluster | None], object]] = deque()
-        self._choices: dict[str, _Choice] = {}  # by request id
+        self._choices: dict[str, Choice] = {}  # by request id
         self._news: deque[tuple[Exchange, Piece] | tuple[Callable[[Any], None], Any]] = deque()  # for the event loop
         self._called = False  # whether the event loop is going to look at them
         self._asking: set[asyncio.Future[Any]] = set()  # who waits for an answer of the thread
@@ -243,22 +221,16 @@ class Front:
         try:
             if cluster is None:
                 raise _over()
-            texts = [self._text(cluster, ask.prompt, ask.params) for ask in exchange.asks]
+            texts = [text_of(cluster.info.tokenizer, ask) for ask in exchange.asks]
             exchange.request_ids = cluster.submit_all(
                 exchange.asks, scheduled_at=exchange.received_at, deadline_s=exchange.deadline_s
             )
             for place, (request_id, text) in enumerate(zip(exchange.request_ids, texts, strict=True)):
                 wants_offsets = exchange.asks[place].params.logprobs is not None
-                self._choices[request_id] = _Choice(exchange, place, text, wants_offsets)
+                self._choices[request_id] = Choice(exchange, place, text, wants_offsets)
         except Exception as error:  # whatever is wrong with this request, the others go on
             self._news.append((exchange.fail, error))
             self._abort(cluster, exchange)
-
-    def _text(self, cluster: Cluster, prompt: list[int], params: SamplingParams) -> TextStream:
-        tokenizer = cluster.info.tokenizer
-        numbers = isinstance(tokenizer, NoTokenizer)
-        detokenizer: Detokenizes = _Numbers() if numbers else Detokenizer(tokenizer, prompt)
-        return TextStream(detokenizer, params.stop)
 
     def _abort(self, cluster: Cluster | None, exchange: Exchange) -> None:
         for request_id in exchange.request_ids:
@@ -293,40 +265,19 @@ class Front:
         if choice is None:
             return
         try:
-            piece = self._piece(cluster, update, choice)
+            piece = choice.piece(update, partial(cluster.abort, update.request_id, FinishReason.STOP))
         except Exception as error:  # of a tokenizer, say: it ends this exchange, the others go on
             self._news.append((choice.exchange.fail, error))
-            self._over(update.record)
+            self._end(update.record)
             self._abort(cluster, choice.exchange)
         else:
-            self._over(piece.record)
+            self._end(piece.record)
             self._news.append((choice.exchange, piece))
 
-    def _over(self, record: Record | None) -> None:
+    def _end(self, record: Record | None) -> None:
         if record is not None:
             del self._choices[record.request_id]
             self._on_record(record)
-
-    def _piece(self, cluster: Cluster, update: Update, choice: _Choice) -> Piece:
-        """Tokens become text. A stop string ends the request, with the token that completed it."""
-        stream, record = choice.text, update.record
-        texts: list[str] = []
-        offsets: list[int] = []
-        for token in update.tokens:
-            texts.append(stream.push((token,)))
-            if choice.offsets:
-                offsets.append(stream.begins_at)
-            if stream.stopped:
-                record = record or cluster.abort(update.request_id, FinishReason.STOP)
-                break
-        tokens, logprobs, finish = update.tokens, update.logprobs, ""
-        if len(texts) < len(tokens):
-            tokens, logprobs = tokens[: len(texts)], logprobs[: len(texts)]
-        if record is not None:
-            rest = stream.push((), final=True)
-            texts = [*texts[:-1], texts[-1] + rest] if texts else [rest]
-            finish = FinishReason.STOP if stream.stopped else record.finish_reason
-        return Piece(choice.place, texts, tokens, logprobs, finish, record, offsets)
 
 
 def _tell(exchanges: Iterable[Exchange]) -> None:

@@ -48,7 +48,7 @@ def serve(
     records: Path | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> bool:
-    """Serve until a signal comes. Returns whether it was SIGTERM; raises what the deployment failed of.
+    """Serve until a signal comes. Returns whether that was SIGTERM, and the only one; raises why the deployment failed.
 
     records: a file to which the Record of every request is added, without its tokens. on_ready: told the address.
     """
@@ -65,7 +65,7 @@ def serve(
         finally:
             if tracing is not None:
                 tracing.close()
-        return signals[-1:] == [signal.SIGTERM]
+        return signals == [signal.SIGTERM]
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())

@@ -1,0 +1,60 @@
+"""One choice of an exchange, in the deployment's thread: its tokens become text, and a stop string ends it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from disagg.cluster.ledger import Update
+from disagg.model.tokenizer import Detokenizer, NoTokenizer, Tokenizer
+from disagg.record import Record
+from disagg.request import FinishReason
+from disagg.server.exchange import Ask, Exchange, Piece
+from disagg.text import Detokenizes, TextStream
+
+
+class _Numbers:
+    """Text of a model without a tokenizer: its token ids, each followed by a space."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """See Detokenizes."""
+        return "".join(f"{token} " for token in ids)
+
+    def flush(self) -> str:
+        """See Detokenizes."""
+        return ""
+
+
+def text_of(tokenizer: Tokenizer, ask: Ask) -> TextStream:
+    """Where the tokens of a choice become text."""
+    numbers = isinstance(tokenizer, NoTokenizer)
+    detokenizer: Detokenizes = _Numbers() if numbers else Detokenizer(tokenizer, ask.prompt)
+    return TextStream(detokenizer, ask.params.stop)
+
+
+class Choice(NamedTuple):
+    """Where the tokens of one request of the Cluster go."""
+
+    exchange: Exchange
+    place: int
+    text: TextStream
+    offsets: bool  # whether they are asked for
+
+    def piece(self, update: Update, stop: Callable[[], Record | None]) -> Piece:
+        """News of it. A stop string ends the request, by calling `stop`, with the token that completed it."""
+        stream, record = self.text, update.record
+        texts: list[str] = []
+        offsets: list[int] = []
+        for token in update.tokens:
+            texts.append(stream.push((token,)))
+            if self.offsets:
+                offsets.append(stream.begins_at)
+            if stream.stopped:
+                record = record or stop()
+                break
+        tokens, logprobs, finish = update.tokens, update.logprobs, ""
+        if len(texts) < len(tokens):
+            tokens, logprobs = tokens[: len(texts)], logprobs[: len(texts)]
+        if record is not None:
+            rest = stream.push((), final=True)
+            texts = [*texts[:-1], texts[-1] + rest] if texts else [rest]
+            finish = FinishReason.STOP if stream.stopped else record.finish_reason
+        return Piece(self.place, texts, tokens, logprobs, finish, record, offsets)
