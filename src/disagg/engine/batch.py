@@ -37,6 +37,11 @@ class Batch:
         """The requests that get a token, in the order of `Output.tokens`."""
         return self.decodes + [chunk.request for chunk in self.chunks if chunk.samples]
 
+    def leave(self, ended: list[Request]) -> None:
+        """These requests are not computed any more."""
+        self.decodes = [request for request in self.decodes if request not in ended]
+        self.chunks = [chunk for chunk in self.chunks if chunk.request not in ended]
+
 
 class TokenLogprobs(NamedTuple):
     """Log-probabilities of one sampled token, natural logarithm, of the model's own distribution."""

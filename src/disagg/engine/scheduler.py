@@ -165,8 +165,7 @@ class Scheduler:
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """End a request now, whatever it is doing, and return it; None if the id is unknown (it may just have ended).
 
-        If a batch in flight contains it, its token is dropped at commit and its pages stay held until then, or until
-        it is shed.
+        If a batch in flight contains it, its token is dropped at commit and its pages stay held until then or `shed`.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -365,18 +364,12 @@ class Scheduler:
         return done
 
     def shed(self) -> bool:
-        """Take requests that ended out of the batches in flight, and free their pages. Whether there were any.
-
-        Only for a runner that computes nothing of them from now on.
-        """
+        """Free what ended but is in flight, for a runner that computes no more of it. Whether there was any."""
         ended = self._ended
-        if not ended:
-            return False
-        for batch in self._flying:
-            batch.decodes = [request for request in batch.decodes if request not in ended]
-            batch.chunks = [chunk for chunk in batch.chunks if chunk.request not in ended]
+        for batch in self._flying if ended else ():
+            batch.leave(ended)
         self._free_ended()
-        return True
+        return bool(ended)
 
     def _publish(self, batch: Batch, prefix: PrefixCache) -> None:
         """Share the pages that this step filled; before tokens are appended, so a decode computed the last position."""
@@ -403,8 +396,5 @@ class Scheduler:
         return [Holder(r.id, r.status, list(r.pages)) for r in (*self._requests.values(), *self._ended)]
 
     def check(self, others: Iterable[int] = ()) -> None:
-        """Raise InvariantError unless every reference to every page has its holder and every request its place.
-
-        `others`: the pages held by anyone else (reservations, reads by other workers), once for each reference.
-        """
+        """See `check_books`."""
         check_books(self, others)
