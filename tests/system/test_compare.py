@@ -147,6 +147,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (("compare", "--prompt-len", "9000"), "the context holds"),
         (("compare", "--model", "smolm2"), "Did you mean smollm2?"),
         (("compare", "--qick"), "--quick"),
+        (("compare", "--trace", "none.csv"), "does not exist. See disagg compare --help."),
         (("generate", "--model", "seed", "a text"), "no tokenizer"),
         (("generate", "--model", "seed", "--ids", "1,999999"), "Token ids must lie between"),
         (("compar",), "Did you mean 'compare'"),
@@ -154,8 +155,10 @@ def refused(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(args, says, tmp_path, refused):
-    """Before any worker starts, and without leaving a folder."""
-    assert says in refused(*args)
+    """Before any worker starts, on the last line, without the usage, and without leaving a folder."""
+    said = refused(*args)
+    assert says in said.splitlines()[-1]
+    assert "Usage" not in said
     assert not list(tmp_path.iterdir())
 
 

@@ -83,7 +83,8 @@ def run(args: Sequence[str] | None = None) -> int:
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "disagg"
+        click.echo(f"{place}: {error.format_message()} See {place} --help.", err=True)
         return error.exit_code
     except DisaggError as error:
         click.echo(f"disagg: {error}", err=True)
