@@ -14,6 +14,8 @@
 A message is one sentence that says what is wrong and what to do.
 """
 
+import math
+
 
 class DisaggError(Exception):
     """Root of the tree. `exit_code` is what the command line returns."""
@@ -47,7 +49,7 @@ class Overloaded(DisaggError):
     """The deployment has as many requests as it may hold; another may come in `retry_after_s` seconds."""
 
     def __init__(self, retry_after_s: float) -> None:
-        super().__init__(f"Overloaded: retry after {retry_after_s:.1f} s.")
+        super().__init__(f"Overloaded: retry after {max(1, math.ceil(retry_after_s))} s.")  # as the header says it
         self.retry_after_s = retry_after_s
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import threading
@@ -75,6 +76,27 @@ def asking(scenario, **settings):
 async def until(condition):
     while not condition():
         await asyncio.sleep(0.001)
+
+
+def test_the_log_names_each_choice_of_a_client_that_leaves_midway(caplog):
+    """By the ids that their Records carry, which come later than the line."""
+    caplog.set_level(logging.INFO)
+
+    async def scenario(cluster, app):
+        client = Asker(app)
+        await until(lambda: len(cluster.submitted) == 2)
+        client.left.set()
+        await client.done
+        assert [line["status"] for line in lines(caplog)] == [499]
+        assert [choice["request_id"] for choice in lines(caplog)[0]["choices"]] == ["r0", "r1"]
+
+    asking(scenario)
+
+
+def lines(caplog):
+    """What the server logged of requests."""
+    found = [json.loads(one.message) for one in caplog.records if one.name == "disagg.serve"]
+    return [one for one in found if one["event"] == "request"]
 
 
 @pytest.mark.parametrize("moment", ["before", "during"])

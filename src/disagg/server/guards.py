@@ -142,8 +142,9 @@ class Guard:
             line["outcome"] = outcome
         if problem is not None and outcome >= 408:  # sentences of our own: those about a request may repeat parts of it
             line["error"] = problem.message
-        if records:
-            line["choices"] = [_outcome(record) for record in records]
+        choices = {record.request_id: _outcome(record) for record in records}
+        if names := (exchange.request_ids if exchange is not None else []) or list(choices):
+            line["choices"] = [choices.get(name, {"request_id": name}) for name in names]  # others have Records later
         log.info(json.dumps(line))
 
 

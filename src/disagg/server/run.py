@@ -129,6 +129,7 @@ async def _serve(
         if front.failure is None and not over.is_set():
             await state.texts.start()
             keep_loaded()
+            _warn_of_context(state)
             on_ready(_url(listener))
             await over.wait()
         if signals == [signal.SIGTERM]:
@@ -143,6 +144,14 @@ async def _serve(
         await state.close()
     if front.failure is not None:
         raise front.failure
+
+
+def _warn_of_context(state: State) -> None:
+    """Say so if the KV memory is what limits how long a request may be."""
+    cluster, most = state.front.cluster(), state.most_tokens()
+    if most < (cluster.engine.max_len or 0):
+        why = f"a worker's share of the KV memory holds no {cluster.engine.max_len} tokens: raise --kv-memory"
+        log.warning(json.dumps({"event": "context", "max_model_len": most, "why": why}))
 
 
 def _config(app: ASGIApp) -> uvicorn.Config:
