@@ -61,9 +61,9 @@ class ManualCluster:
     def begin_audit(self, tell):
         self.tell = tell
 
-    def abort(self, request_id, reason=FinishReason.ABORT):
+    def abort(self, request_id, reason=FinishReason.ABORT, error=""):
         self.aborted[request_id] = reason
-        return record(request_id, reason)
+        return record(request_id, reason, error=error)
 
     def say(self, news):
         self.news.put(news)
@@ -80,8 +80,8 @@ class ManualCluster:
         return news
 
 
-def record(request_id, reason="length"):
-    return Record(request_id=request_id, index=0, prompt_len=2, finish_reason=reason)
+def record(request_id, reason="length", error=""):
+    return Record(request_id=request_id, index=0, prompt_len=2, finish_reason=reason, error=error)
 
 
 def update(request_id, *tokens, ended=None):

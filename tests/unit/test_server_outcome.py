@@ -15,13 +15,15 @@ from test_server_front import ManualCluster, record, run, update
 from disagg.config import EngineSpec
 from disagg.model.tokenizer import NoTokenizer
 from disagg.record import Record
+from disagg.request import SamplingParams
 from disagg.server import front as fronts
 from disagg.server import reply
 from disagg.server.app import create_app
+from disagg.server.exchange import Ask
 from disagg.server.front import Front
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
-from disagg.server.problems import Problem
+from disagg.server.problems import Problem, gone
 from disagg.server.run import _serve
 from disagg.server.state import Settings, State
 
@@ -91,6 +93,22 @@ def test_the_log_names_each_choice_of_a_client_that_leaves_midway(caplog):
         assert [choice["request_id"] for choice in lines(caplog)[0]["choices"]] == ["r0", "r1"]
 
     asking(scenario)
+
+
+def test_what_a_stop_cuts_off_has_records_that_say_so():
+    """Its client did not leave: the Record says error and 503, not abort. Of one that left it says abort."""
+
+    async def scenario(cluster, front, records):
+        ask = Ask([1, 2], SamplingParams())
+        exchanges = [front.open([ask], 0.0, 9.0) for _ in range(2)]
+        await front.call(lambda cluster: None)
+        front.abort(exchanges[0], gone())
+        await front.call(lambda cluster: None)
+
+    _, records = run(scenario)
+    assert [(one.request_id, one.finish_reason, one.error) for one in records] == [
+        ("r0", "abort", ""), ("r1", "error", "503 unavailable"),
+    ]  # fmt: skip
 
 
 def lines(caplog):

@@ -159,6 +159,24 @@ def test_both_workers_of_a_hand_off_free_what_is_aborted_amid_its_last_chunk() -
     assert world.asks[stays].outcome == "length"
 
 
+def test_audits_and_what_is_refused_amid_a_step_are_told_before_its_end() -> None:
+    """Nobody waits for a long step with a question or a request that has nothing to do with it."""
+    world = World(prompt=True, pages=8)
+    world.submit(range(9), 3, prefill="P", decode="P")
+    world.deliver_front("P.0")
+    sim = world.sim("P")
+    world.submit(range(500), 3, prefill="P", decode="P")  # longer than anything here
+    world.to_worker["P.0"].append(m.Audit(7))
+    told: list[list[str]] = []
+    arrivals = world.arrivals
+    world.arrivals = lambda name: (told.append([type(one).__name__ for one in world.to_front["P.0"]]), arrivals(name))[
+        1
+    ]
+    sim.turn()
+    assert told[0] == []
+    assert sorted(told[1]) == ["AuditReport", "Progress"], "after the first layer, before the second"
+
+
 def test_stop_amid_a_step_ends_the_loop_after_it() -> None:
     """It is not lost because it came between two layers; what the step brought is told."""
     world = World(prompt=True)

@@ -150,9 +150,9 @@ class Cluster:
         self._check(asked)
         return self._admit(asked, scheduled_at=scheduled_at, deadline_s=deadline_s)
 
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Record | None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: str = "") -> Record | None:
         """End a request now; returns its Record, or None when it is over already. Its pages are freed behind us."""
-        return self._cut_off(request_id, reason)
+        return self._cut_off(request_id, reason, error)
 
     def poll(self, timeout_s: float) -> list[Update]:
         """What happened since the last call, after waiting up to `timeout_s` for the first news.

@@ -184,6 +184,7 @@ class Worker:
         """During a long step: what else would wait for its end. Nothing here depends on whether a step is in flight."""
         messages, _ = self._mailbox.receive(0)
         self._take_in(messages)
+        self._flush()
 
     def _tick(self) -> None:
         """What is done on every turn, and during long steps; work or no work."""

@@ -54,6 +54,7 @@ _SURE = 0.9  # the share of a step's expected time that is counted on
 
 class _Flight(NamedTuple):
     batch: Batch
+    num_tokens: int  # as it was launched: requests may leave it
     collect: Collect
     launched_at: float
 
@@ -100,7 +101,7 @@ class Engine:
         """Seconds for which the next plan had better wait, because the device is busy and a request may come."""
         if not self._runner.ahead or len(self._flying) != 1 or not self._runner.busy():
             return 0.0
-        batch, _, launched_at = self._flying[0]
+        batch, _, _, launched_at = self._flying[0]
         expected_s = self._pace.get(_kind(batch), 0.0)
         due = max(launched_at, self._collected_at) + _SURE * expected_s - self._launch_s - _LEAD_S
         return max(0.0, due - self._clock.now())
@@ -124,7 +125,7 @@ class Engine:
                 break
             before(batch)
             launched_at = self._clock.now()
-            flying.append(_Flight(batch, runner.launch(batch, self._shed), launched_at))
+            flying.append(_Flight(batch, batch.num_tokens, runner.launch(batch, self._shed), launched_at))
             self._launch_s = self._clock.now() - begun_at
         return False
 
@@ -137,13 +138,13 @@ class Engine:
         """Wait for the oldest step in flight; None if there is none."""
         if not self._flying:
             return None
-        batch, collect, launched_at = self._flying.popleft()
+        batch, num_tokens, collect, launched_at = self._flying.popleft()
         output = collect()
         start, self._collected_at = max(launched_at, self._collected_at), self._clock.now()
         self.step_s = self._collected_at - start
         # towards the fastest of late: a plan that comes too early costs little, one too late lets the device idle
         self._pace[_kind(batch)] = min(self.step_s, 1.1 * self._pace.get(_kind(batch), self.step_s))
-        self._account(batch, start, self._collected_at)
+        self._account(batch, num_tokens, start, self._collected_at)
         tokens = [
             (request, token, logprobs)
             for request, token, logprobs in zip(batch.sampling(), output.tokens, output.logprobs, strict=True)
@@ -152,9 +153,9 @@ class Engine:
         committed = self.scheduler.commit(batch, output)
         return Stepped(batch, tokens, committed.finished, committed.holding)
 
-    def _account(self, batch: Batch, start: float, end: float) -> None:
+    def _account(self, batch: Batch, num_tokens: int, start: float, end: float) -> None:
         """Split the step's time over its tokens. Requests that ended meanwhile have left the ledger, or the batch."""
-        share = (end - start) / max(1, batch.num_tokens)
+        share = (end - start) / num_tokens
         ledger = self.ledger
         for request in batch.decodes:
             if (facts := ledger.get(request.id)) is not None:

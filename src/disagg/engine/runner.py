@@ -15,7 +15,8 @@ from disagg.model.load import Loaded
 from disagg.model.ops import Step
 from disagg.request import Request, SamplingParams
 
-_LONG = 3e9  # multiply-adds of a step: 0.1 s of a core. Shorter ones run as one call, which asks nobody
+_LONG = 2e9  # multiply-adds of a step: 70 ms of a core. Shorter ones run as one call, which asks nobody
+_DECODE_SLOWDOWN = 8  # a decode's attention waits for memory: so many times as long as a chunk's for the same sums
 
 
 class Runner:
@@ -45,9 +46,16 @@ class Runner:
         asks `shed` before each layer, and goes on with the rows of those that are left.
         """
         step = make_step(batch, self.storage.page_size, self._device)
-        long = batch.num_tokens * self.spec.num_layers * self.spec.layer_params >= _LONG
-        between = partial(self._between, batch, shed) if long and shed is not None else None
+        between = partial(self._between, batch, shed) if shed is not None and self._work(batch) >= _LONG else None
         return sample(self._model.forward(step, self.storage.pages, between), batch.sampling())
+
+    def _work(self, batch: Batch) -> float:
+        """Multiply-adds of a step, about, each as long as one of a product with a weight."""
+        spec = self.spec
+        pairs = sum(length * (start + length / 2) for _, start, length, _ in batch.chunks)
+        pairs += _DECODE_SLOWDOWN * sum(len(request.tokens) for request in batch.decodes)
+        each = batch.num_tokens * spec.layer_params + 2 * pairs * spec.num_heads * spec.head_dim
+        return spec.num_layers * each
 
     def _between(self, batch: Batch, shed: Callable[[], bool], step: Step, hidden: Tensor) -> tuple[Step, Tensor]:
         """See `Between` in model/ops.py."""

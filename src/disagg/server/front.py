@@ -25,7 +25,7 @@ from disagg.record import Record
 from disagg.request import FinishReason
 from disagg.server.choice import Choice, text_of
 from disagg.server.exchange import Ask, Exchange, Piece
-from disagg.server.problems import Problem, unavailable
+from disagg.server.problems import Problem, problem_of, unavailable
 
 _POLL_S = 0.25
 
@@ -91,7 +91,7 @@ class Front:
     def abort(self, exchange: Exchange, why: Exception) -> None:
         """End an exchange now: every worker frees what it holds for it."""
         exchange.fail(why)
-        self._command(lambda cluster: self._abort(cluster, exchange))
+        self._command(lambda cluster: self._abort(cluster, exchange, why))
 
     def note(self, records: Sequence[Record], exchange: Exchange | None) -> None:
         """Pass on Records of what never came to the Cluster; unless its exchange did, which has Records then.
@@ -187,7 +187,7 @@ class Front:
                         self._turn(cluster)
                 finally:  # also when the deployment fails: what was under way gets its Record
                     for choice in list(self._choices.values()):
-                        self._abort(cluster, choice.exchange)
+                        self._abort(cluster, choice.exchange, _over())
                         self._news.append((choice.exchange.fail, _over()))
         except _Stopped:
             pass
@@ -230,12 +230,14 @@ class Front:
                 self._choices[request_id] = Choice(exchange, place, text, wants_offsets)
         except Exception as error:  # whatever is wrong with this request, the others go on
             self._news.append((exchange.fail, error))
-            self._abort(cluster, exchange)
+            self._abort(cluster, exchange, error)
 
-    def _abort(self, cluster: Cluster | None, exchange: Exchange) -> None:
+    def _abort(self, cluster: Cluster | None, exchange: Exchange, why: Exception) -> None:
+        error = problem_of(why).brief
+        reason = FinishReason.ERROR if error else FinishReason.ABORT
         for request_id in exchange.request_ids:
             if self._choices.pop(request_id, None) is not None and cluster is not None:
-                record = cluster.abort(request_id)
+                record = cluster.abort(request_id, reason, error)
                 if record is not None:
                     self._on_record(record)
 
@@ -269,7 +271,7 @@ class Front:
         except Exception as error:  # of a tokenizer, say: it ends this exchange, the others go on
             self._news.append((choice.exchange.fail, error))
             self._end(update.record)
-            self._abort(cluster, choice.exchange)
+            self._abort(cluster, choice.exchange, error)
         else:
             self._end(piece.record)
             self._news.append((choice.exchange, piece))

@@ -153,8 +153,6 @@ def _unsent(scope: Scope, exchange: Exchange | None, problem: Problem, started_a
     is_gone = problem.status == _GONE
     asks: Sequence[Ask | None] = (None,) if exchange is None else exchange.asks
     ids = [scope["disagg.id"], *(uuid.uuid4().hex for _ in asks[1:])]
-    # never a sentence: it may repeat parts of the request
-    error = "" if is_gone else f"{problem.status} {problem.code or ''}".rstrip()
     return [
         Record(
             request_id=request_id,
@@ -162,7 +160,7 @@ def _unsent(scope: Scope, exchange: Exchange | None, problem: Problem, started_a
             prompt_len=0 if ask is None else len(ask.prompt),
             max_tokens=0 if ask is None else ask.params.max_tokens,
             finish_reason=FinishReason.ABORT if is_gone else FinishReason.REFUSED,
-            error=error,
+            error=problem.brief,
             scheduled_at=started_at,
         )
         for request_id, ask in zip(ids, asks, strict=True)

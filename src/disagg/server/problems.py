@@ -22,6 +22,7 @@ from disagg.errors import DisaggError, InputError, Overloaded, WorkerLost
 log = logging.getLogger("disagg.serve")
 
 _TYPES = {429: "rate_limit_error"}
+_GONE = 499  # nginx's, of a client that left before it had its answer
 
 
 class Problem(Exception):
@@ -42,6 +43,11 @@ class Problem(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+
+    @property
+    def brief(self) -> str:
+        """For a Record, where no sentence may stand that repeats parts of a request; of a client that left nothing."""
+        return "" if self.status == _GONE else f"{self.status} {self.code or ''}".rstrip()
 
     def body(self) -> dict[str, Any]:
         """The error object."""
@@ -93,7 +99,7 @@ def unavailable(reason: str) -> Problem:
 
 def gone() -> Problem:
     """The client went away. Nobody reads this answer; the log shows the status that proxies use for it."""
-    return Problem(499, "The client closed the connection.")
+    return Problem(_GONE, "The client closed the connection.")
 
 
 def late(deadline_s: float) -> Problem:
