@@ -3,8 +3,8 @@
 A real server of each deployment on two cores. A stream is read for some tokens and its connection closed; from then
 on `/audit` is asked until no worker holds a page. The time is that at which the answer is here, the audit's own time
 included. The limit: a worker hears of it between two steps, or between two layers of a long one. In a stream that is
-one token; while a prompt is computed it is a layer of a chunk of 512 positions, so clients that leave then, at various
-moments, are a row of their own.
+one token; while a prompt is computed it is a layer of a chunk of 512 positions, so clients that leave then, at moments
+spread evenly over the time that the prompt takes, are rows of their own.
 
     python bench/disconnect.py [--model smollm2] [--out FILE]
 
@@ -29,8 +29,7 @@ import httpx
 import numpy as np
 
 DEPLOYS, TRIES, PROMPT = ("1P1D", "2C"), 40, list(range(2, 66))
-LONG, LONG_TRIES = list(range(2, 202)) * 5, 24  # a prompt of two chunks
-LEAVE_S, LATER_S = 0.03, 0.01  # when the first leaves it, while the first chunk is computed; each other, so much later
+LONG = {155: 12, 640: 12, 1000: 16, 4000: 8}  # tokens of prompts that are left, and by how many clients
 CHUNK, CONTEXTS = 512, (512, 1024, 2048, 4096, 8192)
 _GIVE_UP_S = 20.0
 
@@ -62,9 +61,23 @@ def free_after(client: httpx.Client, read: int) -> tuple[float, float]:
     return _all_free(client, start), (times[-1] - times[0]) / (read - 1)
 
 
-def free_after_leaving_a_prompt(client: httpx.Client, leave_s: float) -> float:
+def long_prompt(length: int) -> list[int]:
+    """Token ids."""
+    return [2 + place % 200 for place in range(length)]
+
+
+def while_it_is_computed(client: httpx.Client, length: int, tries: int) -> dict[str, float]:
+    """How soon pages are free when clients leave a prompt at moments spread over the time it takes."""
+    start = time.perf_counter()
+    client.post("/v1/completions", json={"prompt": long_prompt(length), "max_tokens": 1}).raise_for_status()
+    takes_s = time.perf_counter() - start
+    moments = [takes_s * (number + 0.5) / tries for number in range(tries)]
+    return milliseconds([free_after_leaving_a_prompt(client, length, moment) for moment in moments])
+
+
+def free_after_leaving_a_prompt(client: httpx.Client, length: int, leave_s: float) -> float:
     """Seconds from the close until no worker holds a page, for a client that did not wait for the first token."""
-    body = json.dumps({"prompt": LONG, "max_tokens": 4, "stream": True}).encode()
+    body = json.dumps({"prompt": long_prompt(length), "max_tokens": 4, "stream": True}).encode()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
@@ -160,15 +173,14 @@ def main() -> None:
         with serving(options.model, deploy) as client:
             for _ in range(3):
                 free_after(client, 5)
-            tries = [free_after(client, 5 + number % 7) for number in range(TRIES)]
-            long = milliseconds([
-                free_after_leaving_a_prompt(client, LEAVE_S + number * LATER_S) for number in range(LONG_TRIES)
-            ])  # fmt: skip
-            free, audits = milliseconds([one for one, _ in tries]), [idle_audit(client) for _ in range(TRIES)]
-        token, audit = float(np.median([gap for _, gap in tries])) * 1e3, float(np.median(audits)) * 1e3
+            streams = [free_after(client, 5 + number % 7) for number in range(TRIES)]
+            long = {length: while_it_is_computed(client, length, tries) for length, tries in LONG.items()}
+            free, audits = milliseconds([one for one, _ in streams]), [idle_audit(client) for _ in range(TRIES)]
+        token, audit = float(np.median([gap for _, gap in streams])) * 1e3, float(np.median(audits)) * 1e3
         found[deploy] = free | {"token_ms": round(token, 2), "audit_ms": round(audit, 2), "in_the_prompt": long}
         print(f"{deploy:>6}{free['p50']:>10.1f}{free['p99']:>8.1f}{free['worst']:>8.1f}{token:>9.1f}{audit:>15.1f}")
-        print(f"{'':>6}{long['p50']:>10.1f}{'':>8}{long['worst']:>8.1f}   in a prompt of {len(LONG):,} tokens")
+        for length, row in long.items():
+            print(f"{'':>6}{row['p50']:>10.1f}{'':>8}{row['worst']:>8.1f}   in a prompt of {length:,} tokens")
     text = json.dumps(found)
     print(text)
     if options.out is not None:
