@@ -11,6 +11,7 @@ DeviceKind = Literal["cpu", "cuda"]
 Role = Literal["both", "prefill", "decode"]
 Dtype = Literal["float32", "float16", "bfloat16", "fp8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+_ON_CORES: tuple[Dtype, ...] = ("float32", "float16")
 
 
 class Budget(msgspec.Struct, frozen=True):
@@ -154,8 +155,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(f"page_size must be a power of two, not {self.page_size}.")
         mixed = self.max_batch_tokens if self.max_mixed_tokens is None else self.max_mixed_tokens
         enough = self.max_batch_tokens if self.enough_tokens is None else self.enough_tokens
-        if min(self.max_batch_tokens, mixed, enough, self.max_running) < 1:
-            raise InputError("max_batch_tokens, max_mixed_tokens, enough_tokens and max_running must be at least 1.")
+        limits = {"--max-batch-tokens": self.max_batch_tokens, "max_mixed_tokens": mixed, "enough_tokens": enough}
+        for name, limit in (limits | {"max_running": self.max_running}).items():
+            if limit < 1:
+                raise InputError(f"{name} must be at least 1, not {limit}.")
         if self.max_mixed_tokens is not None and self.max_mixed_tokens < self.max_running:
             raise InputError(
                 f"max_mixed_tokens ({self.max_mixed_tokens}) must be at least max_running ({self.max_running}): "
@@ -169,11 +172,13 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The fields given, except for those that are None, over the defaults for this kind of device.
 
         Whoever gives `max_batch_tokens` means every step: the default for mixed ones then does not apply. That of
-        `enough_tokens` does: a larger limit is for longer prompts, not for more of them.
+        `enough_tokens` does: a larger limit is for longer prompts, not for more of them. Raises InputError.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
         if "max_batch_tokens" in chosen:
             chosen.setdefault("max_mixed_tokens", None)
+        if kind == "cpu" and (dtype := chosen.get("dtype", "float32")) not in _ON_CORES:
+            raise InputError(f"--dtype {dtype} is for GPUs: use {' or '.join(_ON_CORES)} on cores.")
         return cls(**{**(_ON_GPUS if kind == "cuda" else {}), **chosen})
 
     @property

@@ -147,6 +147,8 @@ def refused(tmp_path, monkeypatch, capsys):
         (("compare", "--prompt-len", "9000"), "the context holds"),
         (("compare", "--model", "smolm2"), "Did you mean smollm2?"),
         (("compare", "--qick"), "--quick"),
+        (("compare", "--dtype", "bfloat16", "--budget", "cpu:2"), "use float32 or float16 on cores"),
+        (("check", "--api-key", "env:HOME"), "give --url too"),
         (("compare", "--trace", "none.csv"), "does not exist. See disagg compare --help."),
         (("generate", "--model", "seed", "a text"), "no tokenizer"),
         (("generate", "--model", "seed", "--ids", "1,999999"), "Token ids must lie between"),

@@ -181,14 +181,18 @@ def read_all(connection):
         pass
 
 
-def test_beyond_this_machine_a_key_is_required():
-    """Listening elsewhere without one is refused before anything starts, and a key itself is no option's value."""
+def test_what_cannot_be_served_is_refused_before_anything_starts():
+    """Listening elsewhere without a key, a key itself as an option's value, and options that make no sense."""
     for options, words in (
         (("--host", "0.0.0.0"), b"--api-key"),
         (("--api-key", SECRET), b"file:PATH"),
-        (("--api-key", "env:NOT_SET_ANYWHERE"), b"holds no key"),
+        (("--api-key", "env:NOT_SET_ANYWHERE"), b"is not set"),
         (("--api-key", "file:/no/such/file"), b"cannot be read"),
-        (("--host", "203.0.113.1", "--no-api-key"), b"Cannot listen"),
+        (("--host", "203.0.113.1", "--no-api-key"), b"Choose another --host"),
+        (("--port", "abc"), b"a whole number from 0 to 65535"),
+        (("--served-model-name", ""), b"--served-model-name is empty"),
+        (("--max-prompt-len", "8192"), b"give 1 to 8191"),
+        (("--kv-memory", "99999999"), b"lower --kv-memory"),
     ):
         code = "from disagg.cli.main import main; main()"
         done = subprocess.run([sys.executable, "-c", code, "serve", "--model", "seed", *options], capture_output=True)

@@ -133,8 +133,8 @@ def test_unsupported_architecture(folder):
         ("smolm2", "Did you mean smollm2"),
         ("sed", "Did you mean seed"),
         ("gpt2", "give seed, smollm2, a Hugging Face folder"),
-        ("/nowhere/at/all", "Unknown model"),
-        ("nowhere/model.gguf", "Unknown model"),
+        ("/nowhere/at/all", "There is no /nowhere/at/all"),
+        ("nowhere/model.gguf", "There is no nowhere/model.gguf"),
     ],
 )
 def test_unknown_names(name, words):

@@ -12,6 +12,7 @@ from rich.table import Table
 from disagg.cli import check_live, keys, options
 from disagg.clock import WallClock
 from disagg.config import Budget, Deployment, Dtype, EngineSpec
+from disagg.errors import InputError
 from disagg.measure.run import cpu_name
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def check(
         live = check_live.Live(url, keys.read(key_source)[0] if key_source else None)
         _report(check_live.examine(live), as_json, check_live.show)
         return
+    if key_source is not None:
+        raise InputError("--api-key is for a running server: give --url too, or leave it out.")
     cores = tuple(sorted(os.sched_getaffinity(0)))
     deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
     engine = EngineSpec.on(deployment.budget.kind, model=model, random_weights=random_weights, dtype=dtype)

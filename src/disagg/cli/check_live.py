@@ -1,5 +1,6 @@
 """`disagg check --url`: is a server that runs well? Its health, its pages, and a canary through its front door."""
 
+import contextlib
 import json
 import urllib.error
 import urllib.request
@@ -16,6 +17,18 @@ _ANSWER_S = 60.0
 _SETTLE_S = 5.0
 _TURN_S = 0.1
 _PROMPT_LEN, _MAX_TOKENS = 53, 12
+
+
+class Refused(DisaggError):
+    """A server answered with an error. `reason`: its code in the OpenAI API's format, if that is what came."""
+
+    def __init__(self, url: str, status: int, said: bytes) -> None:
+        self.reason = None
+        message = said.decode(errors="replace")[:300]
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            error = json.loads(said)["error"]
+            message, self.reason = str(error["message"]), error["code"]
+        super().__init__(f"{url} answered {status}: {message}")
 
 
 class Live:
@@ -42,9 +55,7 @@ class Live:
                 return json.loads(said)
             if error.code == 401:
                 raise InputError(f"{self._url} asks for a key: give --api-key file:PATH or env:NAME.") from None
-            raise DisaggError(
-                f"{self._url}{path} answered {error.code}: {said.decode(errors='replace')[:300]}"
-            ) from None
+            raise Refused(f"{self._url}{path}", error.code, said) from None
         except (OSError, ValueError) as error:
             raise DisaggError(f"{self._url} does not answer as `disagg serve` does: {error}.") from None
 
@@ -97,9 +108,21 @@ def conclude(found: dict[str, Any], console: Console) -> None:
 
 
 def _canary(live: Live) -> dict[str, list[int]]:
+    """See `_sing`; of half the prompt, and again, where the server takes none so long (--max-prompt-len)."""
+    length = _PROMPT_LEN
+    while True:
+        try:
+            return _sing(live, length)
+        except Refused as error:
+            if error.reason != "context_length_exceeded" or length == 1:
+                raise
+            length //= 2
+
+
+def _sing(live: Live, length: int) -> dict[str, list[int]]:
     """Greedy tokens of one prompt with and without a hand-off. The prompt is new, so that no prefix cache has it."""
     start = uuid.uuid4().int
-    prompt = [(start + 31 * i) % 251 for i in range(_PROMPT_LEN)]  # ids that every vocabulary has
+    prompt = [(start + 31 * i) % 251 for i in range(length)]  # ids that every vocabulary has
     asked = {
         "prompt": prompt,
         "max_tokens": _MAX_TOKENS,

@@ -17,7 +17,9 @@ def read(source: str) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The API keys in {name} cannot be read: {error}.") from None
     elif kind == "env":
-        text = os.environ.get(name, "")
+        if (found := os.environ.get(name)) is None:
+            raise InputError(f"--api-key {source}: the environment variable {name} is not set.")
+        text = found
     else:
         raise InputError("--api-key takes file:PATH or env:NAME, not a key: others could see it on the command line.")
     keys = [line.strip() for line in text.splitlines() if line.strip()]

@@ -9,6 +9,18 @@ from disagg.cluster.policies import DEFAULT, POLICIES
 from disagg.config import DTYPES
 
 
+class WholeNumber(click.IntRange):
+    """A whole number within bounds, refused in words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Fails where click fails."""
+        try:
+            return int(super().convert(value, param, ctx))
+        except click.BadParameter:
+            bounds = f"from {self.min}" + ("" if self.max is None else f" to {self.max}")
+            self.fail(f"{value} is not a whole number {bounds}.", param, ctx)
+
+
 def deployment(*, model: str, deploy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--model, --random-weights, --dtype, --deploy and --budget, with the defaults of a command."""
     options = (
@@ -37,5 +49,5 @@ policy = click.option(
     "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True, help="Who gets a request."
 )
 max_len = click.option(
-    "--max-len", type=int, help="Limit of prompt and output together, in tokens. Default: the model's."
+    "--max-len", type=WholeNumber(2), help="Limit of prompt and output together, in tokens. Default: the model's."
 )

@@ -11,6 +11,7 @@ import click
 
 from disagg.cli import keys as api_keys
 from disagg.cli import options
+from disagg.cli.options import WholeNumber
 from disagg.config import Budget, Deployment, EngineSpec
 from disagg.errors import InputError
 from disagg.server.listening import listen
@@ -44,10 +45,10 @@ Examples:
 @click.option(
     "--kv-memory", type=float, help="KV cache in GiB, split over the workers. Default: 1; all a GPU has left."
 )
-@click.option("--max-batch-tokens", type=int, help="Tokens a step may compute: the chunk size.")
+@click.option("--max-batch-tokens", type=WholeNumber(1), help="Tokens a step may compute: the chunk size.")
 @click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True, help="Share equal beginnings.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --api-key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=WholeNumber(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option(
     "--api-key",
     "key_sources",
@@ -55,10 +56,10 @@ Examples:
     help=api_keys.HELP,
 )
 @click.option("--no-api-key", is_flag=True, help="Listen beyond this machine without a key.")
-@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Choices at a time.")
-@click.option("--max-requests", type=click.IntRange(min=1), default=512, show_default=True, help="HTTP ones at a time.")
-@click.option("--max-choices", type=click.IntRange(min=1), default=64, show_default=True, help="Prompts times n.")
-@click.option("--max-prompt-len", type=click.IntRange(min=1), help="In tokens. Default: what the context allows.")
+@click.option("--max-queue", type=WholeNumber(1), default=1024, show_default=True, help="Choices at a time.")
+@click.option("--max-requests", type=WholeNumber(1), default=512, show_default=True, help="HTTP ones at a time.")
+@click.option("--max-choices", type=WholeNumber(1), default=64, show_default=True, help="Prompts times n.")
+@click.option("--max-prompt-len", type=WholeNumber(1), help="In tokens. Default: what the context allows.")
 @click.option("--max-body", type=float, default=4.0, show_default=True, help="Of a request, in MiB.")
 @click.option("--deadline", type=float, default=600.0, show_default=True, help="Of a whole request, in seconds.")
 @click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM.")
@@ -84,6 +85,8 @@ def serve(
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # nothing is served yet that could be finished
     keys = _keys(host, key_sources, no_api_key)
+    if served_model_name is not None and not served_model_name.strip():
+        raise InputError("--served-model-name is empty: give a name, or leave it out.")
     if records is not None:
         _check_appends(records)
     cores = tuple(sorted(os.sched_getaffinity(0)))
@@ -98,6 +101,7 @@ def serve(
     settings = _settings(served_model_name or _name(model), rest)
 
     def make(progress: "Callable[[str], None]") -> "Cluster":
+        _check_prompt_len(engine, settings.max_prompt_len)
         return Cluster(
             deployment, engine, policy=policy, supervise=True, max_outstanding=rest["max_queue"], progress=progress
         )
@@ -143,6 +147,16 @@ def _settings(name: str, options: dict[str, Any]) -> "Settings":
         max_choices=min(options["max_choices"], options["max_queue"]),  # for more there is never room
         **{name: options[name] for name in _OF_SERVER},
     )
+
+
+def _check_prompt_len(engine: EngineSpec, max_prompt_len: int | None) -> None:
+    """Raise InputError when no prompt of this length leaves the context a token for the output."""
+    from disagg.cluster.limits import resolved
+    from disagg.model.load import load_info
+
+    context = resolved(engine, load_info(engine.model, engine.max_len).spec.max_len).max_len or 0
+    if max_prompt_len is not None and max_prompt_len >= context:
+        raise InputError(f"--max-prompt-len {max_prompt_len} is beyond the context: give 1 to {context - 1}.")
 
 
 def _name(model: str) -> str:

@@ -1,5 +1,6 @@
 """What a deployment can hold, decided once, and which requests could never be served by it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def resolved(engine: EngineSpec, model_max_len: int) -> EngineSpec:
     """The spec with the context length decided. Raises InputError when it is beyond the model's."""
     max_len = model_max_len if engine.max_len is None else engine.max_len
     if not 2 <= max_len <= model_max_len:
-        raise InputError(f"max_len {max_len} is not possible: this model's context is 2 to {model_max_len} tokens.")
+        raise InputError(f"--max-len {max_len} is not possible: this model's context is 2 to {model_max_len} tokens.")
     return msgspec.structs.replace(engine, max_len=max_len)
 
 
@@ -58,11 +59,16 @@ def kv_dtype(engine: EngineSpec, kind: DeviceKind) -> str:
 def pages_per_worker(engine: EngineSpec, spec: ModelSpec, deployment: Deployment) -> int:
     """An even split of the KV memory; 0: each worker finds out what its GPU has left.
 
-    Raises InputError when it is not enough for a single page each.
+    Raises InputError when it is not enough for a single page each, or more than the machine has.
     """
     num_workers, kind = len(deployment.workers), deployment.budget.kind
     if engine.kv_bytes == 0 and kind == "cuda":
         return 0
+    if kind == "cpu" and engine.kv_bytes > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise InputError(
+            f"{engine.kv_bytes / 2**30:.1f} GiB of KV memory is more than this machine has, {memory / 2**30:.1f} GiB: "
+            "lower --kv-memory."
+        )
     page_bytes = bytes_for(spec, 1, engine.page_size, kv_dtype(engine, kind))
     num_pages = engine.kv_bytes // num_workers // page_bytes
     if num_pages < 2:

@@ -91,6 +91,8 @@ def resolve(name: str) -> Source:
         return Source("gguf", str(path))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix != ".gguf":
         return Source("hub", name)
+    if name.startswith(("/", ".", "~")) or path.suffix == ".gguf":
+        raise ModelError(f"There is no {name}: give a Hugging Face model folder or a .gguf file that exists.")
     near = get_close_matches(name, _NAMES, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
     accepted = "seed, smollm2, a Hugging Face folder, a .gguf file or a hub id (owner/name)"

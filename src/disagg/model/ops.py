@@ -243,7 +243,7 @@ def pick_ops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> 
 
         return CudaOps(dtype)
     if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"weights can be stored as float32 or float16, not {dtype}")
+        raise ValueError("weights can be stored as float32 or float16 there")
     if kind == "cpu" and importlib.util.find_spec("numba") is not None:
         from disagg.model.ops_cpu import CpuOps
 

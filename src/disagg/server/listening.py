@@ -1,5 +1,6 @@
 """The server's socket: taken before anything slow is imported or started, so that a taken port is told at once."""
 
+import errno
 import socket
 
 from disagg.errors import InputError
@@ -24,5 +25,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
-        raise InputError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port.") from None
+        wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        option = "--host, an address of this machine" if wrong_host else "--port"
+        reason = error.strerror or error
+        raise InputError(f"Cannot listen on {host}:{port}: {reason}. Choose another {option}.") from None
     return listener
