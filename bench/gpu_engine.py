@@ -180,10 +180,10 @@ class Bench:
             max_running=self.arguments.max_running, max_len=self.shape.max_len,
         )  # fmt: skip
         engine = Engine("bench", scheduler, runner, WallClock())
-        requests = [
-            Request(str(n), len(prompt), list(prompt), _params(temperature, count, n), frozenset(), float(n))
-            for n, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
-        ]
+        requests = []
+        for n, (prompt, count) in enumerate(zip(prompts, outputs, strict=True)):
+            params = SamplingParams(temperature=temperature, max_tokens=count, ignore_eos=True, seed=n)
+            requests.append(Request(str(n), len(prompt), list(prompt), params, frozenset(), float(n)))
         begin = time.perf_counter()
         for request in requests:
             scheduler.add(request)
@@ -300,10 +300,6 @@ def load(model: str, device: str, dtype: str) -> Loaded:
         return load_model(folder, dtype=dtype if device == "cuda" else "float32", device=device, random_weights=True)
 
 
-def _params(temperature: float, max_tokens: int, seed: int) -> SamplingParams:
-    return SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed)
-
-
 def limits(spec: ModelSpec, shape: Shape, dtype: str) -> dict[str, float]:
     """The best there can be: weights and cache at the speed of a copy, arithmetic at that of a matrix product.
 
@@ -380,23 +376,22 @@ def main() -> None:
           f"{bench.storage.num_pages} pages", flush=True)  # fmt: skip
     faults = bench.check()
     found = {} if arguments.check_only else bench.measure()
-    print(table(found, arguments.model, peers, limits(bench.loaded.spec, shape, arguments.dtype)))
+    bounds = limits(bench.loaded.spec, shape, arguments.dtype)
+    print(table(found, arguments.model, peers, bounds))
     if arguments.profile:
         bench.profile()
     result = {
         "bench": "gpu_engine", "model": arguments.model, "dtype": arguments.dtype, "command": " ".join(sys.argv),
-        "faults": faults,
-        "results": found, "limits": limits(bench.loaded.spec, shape, arguments.dtype), "vllm": peers,
-        "vllm_same_machine": measured is not None, "load_s": bench.load_s,
-        "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
-        "num_pages": bench.storage.num_pages,
-        "max_batch_tokens": arguments.max_batch_tokens, "max_running": arguments.max_running,
+        "faults": faults, "results": found, "limits": bounds, "vllm": peers, "vllm_same_machine": measured is not None,
+        "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
+        "num_pages": bench.storage.num_pages, "max_running": arguments.max_running,
+        "max_batch_tokens": arguments.max_batch_tokens, "output_tokens": sum(bench.outputs),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__, "output_tokens": sum(bench.outputs),
+        "torch": torch.__version__,
     }  # fmt: skip
-    print(json.dumps(result))
+    print(text := json.dumps(result))
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result) + "\n")
+        arguments.out.write_text(text + "\n")
     if faults:
         sys.exit(f"The check failed: {'; '.join(faults)}.")
 

@@ -155,7 +155,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(f"page_size must be a power of two, not {self.page_size}.")
         mixed = self.max_batch_tokens if self.max_mixed_tokens is None else self.max_mixed_tokens
         enough = self.max_batch_tokens if self.enough_tokens is None else self.enough_tokens
-        limits = {"--max-batch-tokens": self.max_batch_tokens, "max_mixed_tokens": mixed, "enough_tokens": enough}
+        limits = {"max_batch_tokens": self.max_batch_tokens, "max_mixed_tokens": mixed, "enough_tokens": enough}
         for name, limit in (limits | {"max_running": self.max_running}).items():
             if limit < 1:
                 raise InputError(f"{name} must be at least 1, not {limit}.")

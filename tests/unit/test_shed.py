@@ -16,13 +16,7 @@ from disagg.model.ops import ReferenceOps
 from disagg.request import Request, SamplingParams
 from disagg.testing import tiny_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["fast", "reference", "seed"])
