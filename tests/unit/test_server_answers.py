@@ -14,7 +14,8 @@ from disagg.errors import RequestError, WorkerLost
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
-from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest, decode
+from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest
+from disagg.server.decoding import decode
 from disagg.server.exchange import Piece
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics

@@ -17,23 +17,24 @@ from uvicorn.server import ServerState
 from disagg.errors import RequestError
 from disagg.model.tokenizer import NoTokenizer
 from disagg.request import SamplingParams
-from disagg.server import asked
+from disagg.server import decoding
 from disagg.server.app import create_app
 from disagg.server.asked import (
     MOST_MESSAGES,
     MOST_STOP_TOKENS,
-    MOST_STRINGS,
     ChatRequest,
     CompletionRequest,
     RawPrompt,
-    decode,
+    TokenizeRequest,
 )
+from disagg.server.decoding import MOST_STRINGS, decode
 from disagg.server.generating import for_choice
 from disagg.server.guards import Keys
 from disagg.server.http import Http
 from disagg.server.metrics import Metrics
 from disagg.server.problems import Problem
 from disagg.server.state import Settings, State
+from disagg.server.text_process import read_ids
 
 
 def test_stop_tokens_are_few():
@@ -72,7 +73,7 @@ def test_a_field_given_twice_cannot_hide_what_the_first_one_holds(name, last, wo
     body = '{"%s": [%s], %s}'
     assert decode(CompletionRequest, (body % (name, "[1]", '"prompt": "x"')).encode()).prompts() == ["x"]
     with pytest.raises(Problem, match=words):
-        asked._check_sizes(CompletionRequest, (body % (name, ", ".join(["[1]"] * 100_000), last)).encode())
+        decode(CompletionRequest, (body % (name, ", ".join(["[1]"] * 100_000), last)).encode())
 
 
 KNOWN, SHORT = ("messages", "stop", "user", "tools"), ("stop", "user", "tools")
@@ -98,35 +99,41 @@ def test_sizes_and_strings_are_those_of_a_plain_parse(data, fields):
     """Of any object: no way to write a name, and none to write a value, hides what has to be made of it."""
     written = [(name, data.draw(escaped(name)), json.dumps(value, ensure_ascii=False)) for name, value in fields]
     body = ("{" + ", ".join(f"{name}: {value}" for _, name, value in written) + "}").encode()
-    sizes = {
-        name: len(value.encode()) for name, _, value in written if name in KNOWN
-    }  # of one that comes twice the last
-    num_strings = count_strings(json.loads(body, object_pairs_hook=Pairs))
-    expected = ""
-    if any(sizes.get(name, 0) > 20 for name in SHORT):
-        expected = "is longer than 20 bytes"
-    elif num_strings > 3:
-        expected = "more than 3 strings"
-    elif len(body) - sum(sizes.values()) > 20:
-        expected = "given twice" if {name for name, _ in fields} <= {*KNOWN} else "There is no field"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(asked, "_LARGE", 20)
-        patched.setattr(asked, "MOST_STRINGS", 3)
+        patched.setattr(decoding, "_LARGE", 20)
+        patched.setattr(decoding, "MOST_STRINGS", 3)
         said = ""
         try:
-            asked._check_sizes(Fields, body)
+            decode(Fields, body)
         except Problem as problem:
             said = problem.message
+    expected = refusal_of(body, {name: value for name, _, value in written})
     assert expected in said
     assert bool(expected) == bool(said)
 
 
-class Fields(msgspec.Struct):
+def refusal_of(body, values):
+    """What is wrong with these fields of this body, by a parse that knows no bounds."""
+    if len(body) > 20 and count_strings(json.loads(body, object_pairs_hook=Pairs)) > 3:
+        return "more than 3 strings"
+    rest = len(body)
+    for name, value in values.items():  # of one that comes twice the last, in the place of the first
+        if name not in KNOWN:
+            return "There is no field"
+        if name in SHORT and len(value.encode()) > 20:
+            return f"{name} is longer than 20 bytes"
+        rest -= len(value.encode())
+    if rest > 20:
+        return "given twice"
+    return "tools is not supported" if values.get("tools", "null") not in ("null", "[]") else ""
+
+
+class Fields(msgspec.Struct, forbid_unknown_fields=True):
     """What bounds are checked of: one field that may be long, two that may not."""
 
-    messages: msgspec.Raw
-    stop: msgspec.Raw
-    user: msgspec.Raw
+    messages: msgspec.Raw = msgspec.Raw()
+    stop: msgspec.Raw = msgspec.Raw()
+    user: msgspec.Raw = msgspec.Raw()
 
 
 class Pairs(list):
@@ -143,19 +150,64 @@ def count_strings(value):
 
 @pytest.mark.parametrize(
     ("prompt", "lists", "longest"),
-    [("[1, 2,3]", 1, 3), ("[]", 1, 1), ("[[1, 2], [3]]", 2, 2), ('"[1, 2]"', 0, 0), ('["a, b"]', 0, 0), ("null", 0, 0)],
-)
+    [
+        ("[1, 2,3]", 1, 3), ("[]", 1, 1), ("[[1, 2], [3]]", 2, 2), ("[[1] , [2, 3]\n,[4,5]]", 3, 2), ("[[1]]", 1, 1),
+        ("[[1], 1, 1, 1]", 1, 3), ("[[1], 1, 1, [1], 1,1,1,1]", 2, 4),
+        ('"[1, 2]"', 0, 0), ('["a, b"]', 0, 0), ("null", 0, 0),
+    ],
+)  # fmt: skip
 def test_token_ids_are_counted_before_they_are_decoded(prompt, lists, longest):
-    """Only where they are nothing but ids; of anything else decoding tells."""
-    raw = msgspec.json.decode(f'{{"prompt": {prompt}, "n": 2, "stop": ["[", ","]}}'.encode(), type=RawPrompt)
+    """Only where they are nothing but ids, in lists or beside them; of anything else decoding tells."""
+    raw = RawPrompt(prompt.encode())
     assert raw.num_lists() == lists
     assert not lists or raw.longest() == longest
+
+
+@pytest.mark.parametrize("digits", ["9" * 20, "9" * 4_000, "-" + "9" * 4_000])
+@pytest.mark.parametrize("prompt", ["[%s, null]", "[1, %s, null]", "[[%s], null]", "[[1], [%s, null]]"])
+def test_decoding_ends_at_a_number_of_too_many_digits(prompt, digits):
+    """It is what the 400 is about: the decoder, which would be busy with thousands of these, did not go on."""
+    with pytest.raises(Problem, match="prompt") as caught:
+        decode(CompletionRequest, f'{{"prompt": {prompt % digits}}}'.encode())
+    assert prompt.count(",", 0, prompt.index("%")) == sum(map(int, caught.value.param[7:-1].split("][")))
+    with pytest.raises(RequestError, match="tokens"):
+        read_ids(f"[{digits}, 1]".encode(), 99)
+
+
+@pytest.mark.parametrize("name", ["n", "\\u006e", "unknown", ""])
+@pytest.mark.parametrize("end", ["}", "nonsense", ""])
+def test_strings_are_counted_before_anything_is_decoded(name, end):
+    """A field that comes again and again is told by its names; nobody has seen yet that the rest is no JSON."""
+    with pytest.raises(Problem, match=f"{MOST_STRINGS} strings"):
+        decode(CompletionRequest, ("{" + f'"{name}":1,' * 40_000 + '"prompt": "a"' + end).encode())
+
+
+def test_a_prompt_is_looked_at_before_anything_is_made_of_it():
+    """Whatever is wrong with it otherwise; other requests and fields are not."""
+
+    def look(prompt):
+        raise Problem(400, f"looked at {prompt.json.decode()}")
+
+    for prompt in ("[1, null]", "{}", '"a"'):
+        with pytest.raises(Problem) as caught:
+            decode(CompletionRequest, f'{{"prompt": {prompt}, "n": "x"}}'.encode(), look)
+        assert caught.value.message == f"looked at {prompt}"
+    assert decode(TokenizeRequest, b'{"prompt": "a"}', look).prompt == "a"
+    with pytest.raises(Problem, match="missing"):
+        decode(CompletionRequest, b"{}", look)
+
+
+def test_a_large_request_may_hold_values_that_ask_for_nothing():
+    """They are taken out of it."""
+    body = {"prompt": "a" * 100_000, "tools": [], "store": False, "user": "me"}
+    asked = decode(CompletionRequest, json.dumps(body).encode())
+    assert (asked.prompt, asked.user) == (body["prompt"], "me")
 
 
 @pytest.mark.parametrize(
     ("kind", "body", "field", "param"),
     [
-        (CompletionRequest, '{"prompt": "a", "stop": [%s]}', '"a"', "stop"),
+        (CompletionRequest, '{"prompt": "a", "stop": [%s]}', f'"{"a" * 40}"', "stop"),
         (CompletionRequest, '{"prompt": "a", "stop_token_ids": [%s]}', "1", "stop_token_ids"),
         (CompletionRequest, '{"prompt": "a", "tools": [%s]}', "[]", "tools"),
         (ChatRequest, '{"messages": [], "logit_bias": [%s]}', "{}", "logit_bias"),
@@ -164,7 +216,7 @@ def test_token_ids_are_counted_before_they_are_decoded(prompt, lists, longest):
 def test_a_field_of_megabytes_is_refused_by_its_length(kind, body, field, param):
     """No object is made of it."""
     with pytest.raises(Problem) as caught:
-        decode(kind, (body % ",".join([field] * 300_000)).encode())
+        decode(kind, (body % ",".join([field] * (900_000 // len(field)))).encode())
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
@@ -230,6 +282,9 @@ def test_texts_are_short_together_or_not_at_all():
         ("/v1/completions", {"prompt": [[1]] * 65 + [[1] * 300]}, "64"),
         ("/v1/completions", {"prompt": [[1], [1] * 300]}, "300 tokens"),
         ("/v1/completions", {"prompt": [1] * 1_000_000}, "1000000 tokens"),
+        ("/v1/completions", {"prompt": [[1]] + [1] * 1_000_000}, "1000000 tokens"),
+        ("/v1/completions", {"prompt": [1], "n": 10**4299}, "int"),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 10**4299 * 5}, "int"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 2049}, "2048"),
         ("/tokenize", {"messages": [{"role": "user", "content": ""}] * 2049}, "2048"),
     ],
@@ -239,7 +294,7 @@ def test_more_than_a_request_may_hold(path, body, words):
     answer = served(SimpleNamespace(tokenizer=Slow(), spec=SimpleNamespace(vocab_size=256))).post(path, json=body)
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
-    assert answer.json()["error"]["param"] == ("prompt" if "prompt" in body else "messages")
+    assert answer.json()["error"]["param"] == next(name for name in ("n", "prompt", "messages") if name in body)
 
 
 def test_connections_are_few():

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from disagg.errors import RequestError
-from disagg.server.asked import NOTHING, ChatRequest, CompletionRequest, decode
+from disagg.server.asked import NOTHING, ChatRequest, CompletionRequest
+from disagg.server.decoding import decode
 from disagg.server.openapi import BOUNDS, make
 from disagg.server.problems import Problem
 

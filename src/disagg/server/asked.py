@@ -1,31 +1,21 @@
-"""What clients may ask, as types: decoded strictly, so that nothing is ignored.
+"""What clients may ask, as types, which decoding.py decodes strictly: nothing is ignored.
 
-An unknown field is a 400 that names it and the nearest known one. A field of the OpenAI API that this server does not
-support may be there with a value that asks for nothing (`null`, an empty list, `false`, ...): clients send those.
+A field of the OpenAI API that this server does not support may be there with a value that asks for nothing (`null`, an
+empty list, `false`, ...): clients send those.
 """
 
-import difflib
-import gc
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import msgspec
 
 from disagg.errors import RequestError
 from disagg.request import SamplingParams
 from disagg.server.problems import Problem
+from disagg.server.text_process import Int
 
-_LONGEST_NAME = 100  # of a field or value that an answer repeats
 MOST_STOPS = 16  # every token is compared with every stop string
 MOST_STOP_TOKENS = 256
 MOST_MESSAGES = 2048
-
-_LARGE = 1 << 16  # bytes of JSON that are decoded without a second look
-MOST_STRINGS = 1 << 15  # in a body that is larger; a conversation with all the messages it may have has half of them
-_MAY_BE_LONG = ("prompt", "messages", "tokens")
 
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seed", "min_tokens", "ignore_eos")  # fmt: skip
@@ -65,7 +55,7 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What completions and chat completions share. Fields from `top_k` on are vLLM's, `disagg_route` is our own."""
 
     model: str | None = None
-    n: int | None = None
+    n: Int | None = None
     best_of: int | None = None  # n, if given: no more choices are drawn than returned
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -111,13 +101,13 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return engines
 
 
-_NO_PROMPT = "prompt must be a text, a list of token ids, or a list of texts or of lists of ids."
+NO_PROMPT = "prompt must be a text, a list of token ids, or a list of texts or of lists of ids."
 
 
 class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions. `prompt`: a text, token ids, or for a batch a list of texts or a list of lists of ids."""
 
-    prompt: str | list[int | str | list[int]]
+    prompt: str | list[Int | str | list[Int]]
     max_tokens: int | None = None  # None: 16, as in the OpenAI API
     logprobs: int | None = None
 
@@ -129,24 +119,22 @@ class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
         if kinds == {int}:
             return [cast("list[int]", self.prompt)]
         if len(kinds) != 1:  # none, or texts beside ids
-            raise Problem(400, _NO_PROMPT, param="prompt")
+            raise Problem(400, NO_PROMPT, param="prompt")
         return cast("list[str | list[int]]", self.prompt)
 
 
-class RawPrompt(msgspec.Struct):
+class RawPrompt(NamedTuple):
     """Of a CompletionRequest only the prompt, while it is still JSON."""
 
-    prompt: msgspec.Raw
+    json: bytes
 
     def num_lists(self) -> int:
         """How many lists of ids there are; 0 where there is a text."""
-        json = bytes(self.prompt)
-        return max(1, json.count(b"[") - 1) if json.startswith(b"[") and b'"' not in json else 0
+        return max(1, self.json.count(b"[") - 1) if self.json.startswith(b"[") and b'"' not in self.json else 0
 
     def longest(self) -> int:
-        """How many ids the longest of these lists has."""
-        lists = bytes(self.prompt).split(b"]")
-        return max(each.rpartition(b"[")[2].count(b",") + 1 for each in lists if b"[" in each)
+        """How many ids the longest of these lists has; ids that stand beside the lists count as one of them."""
+        return max(each.lstrip().count(b",", 1) + 1 for each in self.json.split(b"]"))  # a comma ahead ends nothing
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -222,121 +210,3 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 _KINDS = (CompletionRequest, ChatRequest, DetokenizeRequest)
 FIELDS = tuple(dict.fromkeys(field for kind in _KINDS for field in kind.__struct_fields__))
 """Of all requests."""
-
-_Asked = TypeVar("_Asked", bound=msgspec.Struct)
-
-
-def decode(kind: type[_Asked], body: bytes) -> _Asked:
-    """The request in `body`. Raises Problem 400, with `param` where one field is at fault."""
-    try:
-        if len(body) <= _LARGE:
-            return msgspec.json.decode(body, type=kind)
-        _check_sizes(kind, body)
-        with _no_collection():
-            return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        if len(message) > 8 * _LONGEST_NAME:  # it repeats megabytes of the request; where they are stands at the end
-            message = message[: 4 * _LONGEST_NAME] + message[-4 * _LONGEST_NAME :]
-        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL)
-        if unknown is None or unknown[1] not in NOTHING:
-            raise _refusal(message, kind.__struct_fields__) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _malformed(error) from None
-    return decode(kind, _without_nothing(body))
-
-
-def _check_sizes(kind: type[msgspec.Struct], body: bytes) -> None:
-    """Raise Problem for what a million objects would be made of: they would hold up every stream.
-
-    Decoding in another thread would not help: the decoder does not let go of the interpreter.
-    """
-    fields = _undecoded(kind)
-    values = msgspec.json.decode(body, type=fields)
-    rest = len(body)
-    for name in fields.__struct_fields__:
-        size = memoryview(getattr(values, name)).nbytes  # of the last, if it is given twice
-        if name not in _MAY_BE_LONG and size > _LARGE:
-            raise Problem(400, f"{name} is longer than {_LARGE} bytes.", param=name)
-        rest -= size
-    if num_strings(body) > MOST_STRINGS:
-        raise Problem(400, f"The body holds more than {MOST_STRINGS} strings, which is the most this server takes.")
-    if rest > _LARGE:
-        for name in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys() - {*fields.__struct_fields__}:
-            raise _refusal(f"Object contains unknown field `{name}`", kind.__struct_fields__)
-        raise Problem(400, f"More than {_LARGE} bytes are no field's value: is a field given twice?")
-    if "prompt" in kind.__struct_fields__:
-        _check_mixture(bytes(values.prompt))
-
-
-def num_strings(body: bytes) -> int:
-    """How many strings there are in JSON, names of fields included."""
-    quotes = body.count(b'"')
-    if quotes > 2 * MOST_STRINGS:  # else it does not matter which of them are within strings
-        quotes -= body.replace(b"\\\\", b"").count(b'\\"')
-    return quotes // 2
-
-
-def _check_mixture(prompt: bytes) -> None:
-    """Raise Problem for a list of texts and other things, before these are made."""
-    if prompt.startswith(b"[") and b'"' in prompt:
-        try:
-            msgspec.json.decode(prompt, type=list[str])  # ends at the first that is no text
-        except msgspec.ValidationError:
-            raise Problem(400, _NO_PROMPT, param="prompt") from None
-
-
-@lru_cache
-def _undecoded(kind: type[msgspec.Struct]) -> Any:
-    names = dict.fromkeys((*kind.__struct_fields__, *NOTHING))
-    return msgspec.defstruct("Undecoded", [(name, msgspec.Raw, msgspec.Raw()) for name in names])
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No search for garbage, which would go through all objects again and again while many are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _without_nothing(body: bytes) -> bytes:
-    """The request without the fields we do not support. Raises Problem if one of them asks for something."""
-    try:
-        whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        for name in NOTHING.keys() & whole.keys():
-            json = bytes(whole.pop(name))
-            value = msgspec.json.decode(json) if len(json) < _LONGEST_NAME else ...
-            if not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[name]):
-                raise Problem(400, f"{name} is not supported by this server: leave it out.", param=name)
-        return msgspec.json.encode(whole)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _malformed(error) from None
-
-
-def _malformed(error: Exception) -> Problem:
-    return Problem(400, f"The body is not valid JSON: {error}.")
-
-
-def _refusal(error: str, fields: tuple[str, ...]) -> Problem:
-    """A validation error as a Problem that names the field. What it repeats of the request is cut short."""
-    where = re.search(r" - at `\$\.?(.*)`$", error, re.DOTALL)
-    path = where[1] if where else ""
-    what = error[: where.start()] if where else error
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL)
-    if unknown is None:
-        field = path or next(iter(re.findall(r"required field `(.*)`", what)), None)
-        return Problem(400, f"{_cut(what)}{f', in {_cut(path)}' if path else ''}.", param=field and _cut(field))
-    name = unknown[1][:_LONGEST_NAME]
-    near = difflib.get_close_matches(name, fields, 1) if not path else []
-    name = f"{path}.{name}"[-_LONGEST_NAME:].lstrip(".")
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return Problem(400, f"There is no field {name} here.{hint}", param=name)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."

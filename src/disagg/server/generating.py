@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -12,7 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from disagg.clock import WallClock
 from disagg.request import SamplingParams
 from disagg.server.answers import Form
-from disagg.server.asked import ChatRequest, CompletionRequest, Generate, RawPrompt, decode
+from disagg.server.asked import ChatRequest, CompletionRequest, Generate, RawPrompt
+from disagg.server.decoding import decode
 from disagg.server.exchange import Ask
 from disagg.server.problems import Problem, gone, late
 from disagg.server.reply import Reply
@@ -40,7 +42,7 @@ class Arrival(NamedTuple):
 async def completions(request: Request) -> Reply:
     """POST /v1/completions."""
     arrival, state = Arrival.now(), request.app.state.disagg
-    asked = decode(CompletionRequest, _not_too_long(state, await body_of(request)))
+    asked = decode(CompletionRequest, await body_of(request), partial(_check_prompt, state))
     state.check_model(asked.model)
     prompts = asked.prompts()
     _check_choices(state, asked.n, len(prompts))
@@ -83,15 +85,11 @@ async def _ids(state: State, prompt: str | list[int], num_chars: int) -> list[in
     return prompt
 
 
-def _not_too_long(state: State, body: bytes) -> bytes:
+def _check_prompt(state: State, prompt: RawPrompt) -> None:
     """Raise Problem when prompts are more or longer lists of token ids than fit, before a million integers are made."""
-    if len(body) > 2 * state.most_tokens():  # an id and its comma
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # to be told when decoded
-            prompts = msgspec.json.decode(body, type=RawPrompt)
-            if num_lists := prompts.num_lists():
-                _check_choices(state, None, num_lists)
-                state.check_len(prompts.longest(), "prompt")
-    return body
+    if num_lists := prompt.num_lists():
+        _check_choices(state, None, num_lists)
+        state.check_len(prompt.longest(), "prompt")
 
 
 @contextlib.asynccontextmanager
