@@ -14,13 +14,13 @@ from disagg.errors import RequestError, WorkerLost
 from disagg.record import Record
 from disagg.server.answers import DONE, Events, Form, TokenNames, Whole
 from disagg.server.app import create_app
-from disagg.server.asked import FIELDS, ChatRequest, CompletionRequest
+from disagg.server.asked import FIELDS, ChatRequest
 from disagg.server.decoding import decode
 from disagg.server.exchange import Piece
 from disagg.server.guards import Keys
 from disagg.server.metrics import Metrics
 from disagg.server.openapi import make
-from disagg.server.problems import Problem, problem_of
+from disagg.server.problems import problem_of
 from disagg.server.state import Settings, State
 
 
@@ -32,7 +32,6 @@ class Bytes:
 
 
 NAMES = TokenNames(Bytes())
-LONG_NAME = b"temperature" * 400_000
 RECORD = Record(request_id="r", index=0, prompt_len=9, finish_reason="length", num_cached=4)
 
 
@@ -150,39 +149,6 @@ def test_chat_names_parameters_as_its_clients_do(body, name):
     with pytest.raises(RequestError) as caught:
         asked.sampling(limit, asked.num_logprobs())
     assert problem_of(caught.value, FIELDS).param == name
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "param"),
-    [
-        (CompletionRequest, b'{"prompt": "a", "logprob": 1}', "logprob"),
-        (CompletionRequest, b'{"prompt": "a", "echo": false, "nn": 1}', "nn"),
-        (CompletionRequest, b'{"prompt": "a", "best_of": true}', "best_of"),
-        (CompletionRequest, b'{"prompt": "a", "echo": false, "prompt": "\xff"}', None),
-        (CompletionRequest, b'{"prompt": "a", "logit_bias": ' + b"[" * 100_000, None),
-        (CompletionRequest, b'{"prompt": "\\ud800"}', None),
-        (CompletionRequest, b'{"prompt": "a", "' + b"x" * 10_000 + b'": 1}', "x" * 100),
-        (CompletionRequest, b'{"prompt": "a", "n": NaN}', None),
-        (CompletionRequest, b"", None),
-        (CompletionRequest, b"[]", None),
-        (
-            ChatRequest,
-            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-            "messages[0].content[0].type",
-        ),
-        (CompletionRequest, b'{"prompt": "a", "%s": 1}' % LONG_NAME, LONG_NAME[:100].decode()),
-        (CompletionRequest, b'{"prompt": "a", "disagg_route": "%s"}' % LONG_NAME, "disagg_route"),
-        (ChatRequest, b'{"messages": [{"role": "%s", "content": "a"}]}' % LONG_NAME, "messages[0].role"),
-        (ChatRequest, b'{"messages": [{"role": "tool", "content": "a"}]}', "messages[0].role"),
-        (ChatRequest, b'{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}', "messages[0].tool_calls"),
-    ],
-)
-def test_what_cannot_be_decoded_names_its_field(kind, body, param):
-    """A 400 with the field's path, however broken the body is."""
-    with pytest.raises(Problem) as caught:
-        decode(kind, body)
-    assert (caught.value.status, caught.value.param) == (400, param)
-    assert len(caught.value.message) < 400
 
 
 def test_a_worker_that_is_missing_is_a_503():

@@ -40,6 +40,11 @@ def test_the_bounds_in_the_document_are_the_engines(key):
             sampled(name, value + beyond)
 
 
+def test_top_k_is_off_in_two_ways():
+    """0, and -1 for vLLM's clients."""
+    assert [sampled("top_k", value).top_k for value in (-1, 0, 1)] == [0, 0, 1]
+
+
 def test_the_document_says_which_values_ask_for_nothing():
     """Of every unsupported field, and each of them is taken."""
     properties = make()["components"]["schemas"]["CompletionRequest"]["properties"]

@@ -4,7 +4,7 @@ A field of the OpenAI API that this server does not support may be there with a 
 empty list, `false`, ...): clients send those.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import msgspec
 
@@ -44,6 +44,17 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 """Fields of the OpenAI API that are not supported, with the values that ask for nothing."""
 
 
+_Route = Literal["colocated", "disaggregated"]
+_Part = Literal["text"]
+_Role = Literal["system", "developer", "user", "assistant"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "disagg_route": get_args(_Route),
+    "type": get_args(_Part),
+    "role": get_args(_Role),
+}
+"""The values of fields that take one of a few."""
+
+
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """`include_usage`: a last chunk with the usage. `continuous_usage_stats`: the usage so far in each (vLLM)."""
 
@@ -73,7 +84,7 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    disagg_route: Literal["colocated", "disaggregated"] | None = None
+    disagg_route: _Route | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Parameters for the engine. Raises Problem, or RequestError whose first word is the field."""
@@ -88,6 +99,8 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             message = f"stop_token_ids has {len(ids)} ids: give at most {MOST_STOP_TOKENS}."
             raise Problem(400, message, param="stop_token_ids")
         given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
+        if self.top_k == -1:  # vLLM's way to say so
+            given["top_k"] = 0
         try:
             return SamplingParams(
                 max_tokens=max_tokens, logprobs=logprobs, stop=stop, stop_token_ids=tuple(ids), **given
@@ -140,14 +153,14 @@ class RawPrompt(NamedTuple):
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
     """A part of a message's content; text is the only kind."""
 
-    type: Literal["text"]
+    type: _Part
     text: str
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One message of a conversation. Fields that an answer of this API carries may come back as null."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: _Role
     content: str | list[TextPart]
     name: None = None
     refusal: None = None

@@ -16,13 +16,18 @@ from typing import TypeVar
 
 import msgspec
 
-from disagg.server.asked import NO_PROMPT, NOTHING, CompletionRequest, RawPrompt
+from disagg.server.asked import CHOICES, NO_PROMPT, NOTHING, CompletionRequest, RawPrompt
 from disagg.server.problems import Problem
 
 _LONGEST_NAME = 100  # of a field or value that an answer repeats
 _LARGE = 1 << 16  # bytes of JSON that are decoded without a second look
 MOST_STRINGS = 1 << 15  # in a body that is larger; a conversation with all the messages it may have has half of them
 _MAY_BE_LONG = ("prompt", "messages", "tokens")
+_KINDS = {
+    "int": "an integer", "float": "a number", "str": "a text", "bool": "a boolean", "array": "a list",
+    "object": "an object",
+}  # fmt: skip
+"""What clients call what the decoder names."""
 
 _Asked = TypeVar("_Asked", bound=msgspec.Struct)
 _Fields = dict[str, msgspec.Raw]
@@ -114,8 +119,27 @@ def _refusal(error: str) -> Problem:
     what = error[: where.start()] if where else error
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
         return _unknown(path, unknown[1], ())
-    field = path or next(iter(re.findall(r"required field `(.*)`", what)), None)
-    return Problem(400, f"{_cut(what)}{f', in {_cut(path)}' if path else ''}.", param=field and _cut(field))
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
+        field = f"{path}.{missing[1]}".lstrip(".")
+        return Problem(400, f"{field} is missing.", param=field)
+    return Problem(400, _explained(what, path), param=_cut(path) or None)
+
+
+def _explained(what: str, path: str) -> str:
+    """What the decoder says of a value, as a sentence that says what the field may be."""
+    field = _cut(path) or "The body"
+    allowed = CHOICES.get(path.rpartition(".")[2], ())
+    if kinds := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
+        allowed = allowed or tuple(_KINDS.get(kind, kind) for kind in kinds[1].split(" | "))
+        given = _KINDS.get(kinds[2], kinds[2]) if kinds[2] != "float" else "a floating-point number"
+    elif value := re.fullmatch(r"Invalid enum value (.*)", what, re.DOTALL):
+        given = _cut(value[1])
+    elif re.fullmatch(r"Expected `int` [<>]= .*", what):
+        return f"{field} must be an integer of at most 64 bits."
+    else:
+        return f"{field} cannot be read: {_cut(what)}."
+    *others, last = allowed
+    return f"{field} must be {', '.join(others)}{' or ' if others else ''}{last}, not {given}."
 
 
 def _unknown(path: str, name: str, known: tuple[str, ...]) -> Problem:

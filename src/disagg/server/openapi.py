@@ -42,7 +42,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "exclusiveMaximum": 1e5,
         "description": "0 is greedy. Above 2 is possible, as in vLLM; between 0 and 1e-5 is not.",
     },
-    "top_k": {"minimum": 0, "exclusiveMaximum": 2**31, "description": "0 keeps all tokens."},
+    "top_k": {"minimum": -1, "exclusiveMaximum": 2**31, "description": "0 and, as in vLLM, -1 keep all tokens."},
     "top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "min_p": {"minimum": 0, "maximum": 1},
     "repetition_penalty": {"minimum": 0.01, "maximum": 100},

@@ -175,8 +175,8 @@ def read_ids(json: bytes, vocab_size: int) -> list[int]:
     """Token ids from JSON. Raises RequestError when they are none of this vocabulary."""
     try:
         ids = msgspec.json.decode(json, type=list[Int])
-    except msgspec.MsgspecError as error:
-        raise RequestError(f"tokens cannot be read: {error}.") from None
+    except msgspec.ValidationError:
+        raise RequestError("tokens must be a list of token ids.") from None
     check_ids(ids, vocab_size, "tokens")
     return ids
 

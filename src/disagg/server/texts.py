@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -11,6 +11,7 @@ import msgspec
 from disagg.errors import RequestError
 from disagg.model.load import Info
 from disagg.server.asked import MOST_MESSAGES, Message
+from disagg.server.problems import Problem
 from disagg.server.text_process import Done, Job, TextProcess, read_ids
 
 SHORT_LEN = 2_000  # characters; encoding more would hold up the event loop for over a millisecond
@@ -54,28 +55,33 @@ class Texts:
                 await self._chats.run(Job("render", "[]"))
 
     async def encode(self, text: str, num_chars: int = 0) -> Tokens:
-        """Token ids of a plain text. `num_chars`: of all texts of its request. Raises RequestError."""
-        if max(len(text), num_chars) <= SHORT_LEN:
-            return _tokens(self._tokenizer.encode(text))
-        if self._process is None:
-            return _tokens(await self._in_thread(self._tokenizer.encode, text))
-        return _of(await self._process.run(Job("encode", text)))
+        """Token ids of a plain text. `num_chars`: of all texts of its request. Raises Problem 400 of the prompt."""
+        with _about("prompt"):
+            if max(len(text), num_chars) <= SHORT_LEN:
+                return _tokens(self._tokenizer.encode(text))
+            if self._process is None:
+                return _tokens(await self._in_thread(self._tokenizer.encode, text))
+            return _of(await self._process.run(Job("encode", text)))
 
     async def encode_chat(self, messages: Sequence[Message]) -> Tokens:
-        """Token ids of a conversation. Raises RequestError."""
+        """Token ids of a conversation. Raises Problem 400 of the messages."""
+        with _about("messages"):
+            text = await self._rendered(messages)
+            if len(text) <= SHORT_LEN:
+                return _tokens(self._tokenizer.encode_chat(text))
+            if self._process is None:
+                return _tokens(await self._in_thread(self._tokenizer.encode_chat, text))
+            return _of(await self._process.run(Job("chat", text)))
+
+    async def _rendered(self, messages: Sequence[Message]) -> str:
         if not messages:
             raise RequestError("messages must not be empty.")
         if len(messages) > MOST_MESSAGES:
             raise RequestError(f"messages has {len(messages)} entries: give at most {MOST_MESSAGES}.")
         if self._chats is None:
-            return _tokens(self._tokenizer.chat([]))  # raises
+            return self._tokenizer.template()  # raises
         plain = msgspec.json.encode([message.plain() for message in messages]).decode()
-        text = msgspec.json.decode((await self._chats.run(Job("render", plain))).json, type=str)
-        if len(text) <= SHORT_LEN:
-            return _tokens(self._tokenizer.encode_chat(text))
-        if self._process is None:
-            return _tokens(await self._in_thread(self._tokenizer.encode_chat, text))
-        return _of(await self._process.run(Job("chat", text)))
+        return msgspec.json.decode((await self._chats.run(Job("render", plain))).json, type=str)
 
     async def decode(self, ids: bytes) -> bytes:
         """The text of token ids, both as JSON. Raises RequestError."""
@@ -97,6 +103,15 @@ class Texts:
 
     async def _in_thread(self, function: Callable[[_Asked], _Answer], asked: _Asked) -> _Answer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, asked)
+
+
+@contextlib.contextmanager
+def _about(param: str) -> Iterator[None]:
+    """What a tokenizer or a template refuses is this field, whatever the sentence begins with."""
+    try:
+        yield
+    except RequestError as error:
+        raise Problem(400, str(error), param=param) from None
 
 
 def _tokens(ids: list[int]) -> Tokens:
