@@ -276,7 +276,27 @@ def test_a_bug_in_a_request_ends_it_and_no_other(where, caplog):
 
     caplog.set_level("INFO", "disagg.serve")
     reasons = sorted(one.finish_reason for one in asking(scenario))
-    assert reasons == ["length"] * 2 + ["refused"] * 2 if where == "sending" else ["abort"] * 2 + ["length"] * 2
+    assert reasons == (["length"] * 2 + ["refused"] * 2 if where == "sending" else ["error"] * 2 + ["length"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("stop", "last", "reason"), [("2", False, "stop"), ("2", True, "error"), (None, True, "error")]
+)
+def test_a_bug_at_the_end_of_a_text_leaves_one_record(stop, last, reason):
+    """After a stop string nothing is asked for that could fail; else its client and its Record tell the same."""
+
+    async def scenario(cluster, app):
+        client = Asker(app, body=json.dumps({"prompt": [1, 2], "stop": stop}).encode())
+        await until(lambda: "r0" in app._state.front._choices)
+        text = app._state.front._choices["r0"].text
+        text.push = lambda ids, final=False, plain=text.push: 1 // 0 if final else plain(ids)
+        cluster.say([update("r0", 1, 2, ended=record("r0") if last else None)])
+        status, body = await client.answer()
+        assert status == (500 if reason == "error" else 200)
+        assert status == 500 or body["choices"][0]["finish_reason"] == "stop"
+
+    (one,) = asking(scenario)
+    assert (one.request_id, one.finish_reason, one.error) == ("r0", reason, "500" if reason == "error" else "")
 
 
 def test_a_deployment_that_cannot_even_be_started_leaves_nothing_open(monkeypatch):

@@ -48,7 +48,6 @@ class Choice(NamedTuple):
             if self.offsets:
                 offsets.append(stream.begins_at)
             if stream.stopped:
-                record = record or stop()
                 break
         tokens, logprobs, finish = update.tokens, update.logprobs, ""
         if len(texts) < len(tokens):
@@ -56,5 +55,8 @@ class Choice(NamedTuple):
         if record is not None:
             rest = stream.push((), final=True)
             texts = [*texts[:-1], texts[-1] + rest] if texts else [rest]
+        elif stream.stopped:
+            record = stop()  # when nothing is left that could fail, or its Record would be lost
+        if record is not None:
             finish = FinishReason.STOP if stream.stopped else record.finish_reason
         return Piece(self.place, texts, tokens, logprobs, finish, record, offsets)

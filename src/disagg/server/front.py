@@ -270,7 +270,9 @@ class Front:
             piece = choice.piece(update, partial(cluster.abort, update.request_id, FinishReason.STOP))
         except Exception as error:  # of a tokenizer, say: it ends this exchange, the others go on
             self._news.append((choice.exchange.fail, error))
-            self._end(update.record)
+            if update.record is not None:  # it has all its tokens, of which its client hears nothing
+                update.record.finish_reason, update.record.error = FinishReason.ERROR, problem_of(error).brief
+                self._end(update.record)
             self._abort(cluster, choice.exchange, error)
         else:
             self._end(piece.record)
