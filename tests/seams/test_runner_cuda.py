@@ -9,6 +9,7 @@ import torch
 from disagg.cache.pages import PagePool
 from disagg.cache.storage import KVStorage
 from disagg.clock import WallClock
+from disagg.engine.batch import Batch, Chunk
 from disagg.engine.engine import Engine
 from disagg.engine.runner import Runner
 from disagg.engine.runner_cuda import CudaRunner
@@ -70,25 +71,59 @@ def test_greedy_tokens_are_those_of_the_cpu(variant, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "fp8"])
 def test_graphs_and_running_ahead_change_no_token(dtype, tmp_path):
-    """In the same batch shapes, every bit is the same: greedy, drawn, filtered."""
+    """In the same batch shapes, every bit is the same: greedy, drawn, filtered, beside prompts of several chunks."""
     loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype=dtype, device="cuda")
     kinds = [{"temperature": 0}, {"temperature": 0.7}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}]
-    for count in (1, 3, 5, 8):
-        params = [SamplingParams(**kinds[n % 5], seed=n, max_tokens=40, ignore_eos=True) for n in range(count)]
-        lengths = [CHUNK // 8] * count
+    together = [[CHUNK // 8] * count for count in (1, 3, 5, 8)]
+    for lengths in (*together, [8, 100, 30, 70, 9], [100, 1, 64, 65, 3, 2]):
+        params = [SamplingParams(**kinds[n % 5], seed=n, max_tokens=40, ignore_eos=True) for n in range(len(lengths))]
         expected = serve(on_gpu(loaded, OneByOne, graphs=False), params, lengths)
         assert serve(on_gpu(loaded), params, lengths) == expected
         assert serve(on_gpu(loaded), params, lengths) == expected, "the same seeds give the same tokens"
 
 
-def test_nothing_is_compiled_after_the_warm_up(tmp_path):
+def test_steps_of_every_shape_replay_graphs(tmp_path):
+    """As many decodes as there is room for, and two chunks: the bits of the same step without a graph."""
+    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype="bfloat16", device="cuda")
+    shared, rng = storage(loaded), random.Random(0)
+    plain, runner = (CudaRunner(loaded, shared, max_running=24, max_batch_tokens=512, max_len=320) for _ in range(2))
+    plain.warm_up(sizes=())
+    runner.warm_up()
+    eager = []
+    runner._graphs._forward = eager.append
+
+    def request(name: str, prompt_len: int, num_tokens: int, pages: range) -> Request:
+        params, tokens = SamplingParams(temperature=0, logprobs=2), [rng.randrange(256) for _ in range(num_tokens)]
+        return Request(
+            name, prompt_len, tokens, params, frozenset(), 0.0, num_computed=num_tokens, pages=list(pages)
+        )  # fmt: skip
+
+    decoding = [request(f"decode {n}", 5, 6, range(n, n + 1)) for n in range(24)]
+    for one in decoding:
+        plain.launch(Batch(chunks=[Chunk(one, 0, 5, False)]))()
+    reading = [request("first", 256, 256, range(24, 40)), request("second", 256, 256, range(40, 56))]
+    assert runner._shapes is not None
+    for shape in runner._shapes.all():
+        count = min(shape.decodes, shape.rows - 1, 22) if shape.chunks else shape.decodes
+        left = shape.rows - count
+        lengths = [left // 2, left - left // 2] if left > 1 else [left]
+        chunks = [Chunk(one, 0, length, True) for one, length in zip(reading, lengths, strict=False) if length]
+        batch = Batch(decoding[:count], chunks)
+        assert runner._shape(batch) == shape
+        assert runner.launch(batch)() == plain.launch(batch)(), shape
+    assert not eager
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path, monkeypatch):
     """Whatever is served then, in steps of all kinds, every kernel with its constants has been there before."""
     from disagg.model import ops_cuda_jit
 
+    monkeypatch.setattr(ops_cuda_jit, "_compiled", {})  # other tests' do not count
     loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype="bfloat16", device="cuda")
-    runner = on_gpu(loaded)
+    runner = on_gpu(loaded, graphs=graphs)
     warm = {key[:-1] for key in ops_cuda_jit._compiled}  # the last part only says how arguments divide
-    lengths = [1, 5, 16, 17, 40, 64, 65, 90, 100, 3, 30, 120, 15, 31, 33, 70]
+    lengths = [*[3] * 10, 1, 5, 16, 17, 40, 64, 65, 90, 100, 3, 30, 120, 15, 31, 33, 70]
     params = [SamplingParams(temperature=n % 2, max_tokens=10 + 2 * n, ignore_eos=True) for n in range(len(lengths))]
     serve(runner, params, lengths)
     assert {key[:-1] for key in ops_cuda_jit._compiled} == warm

@@ -7,16 +7,19 @@ import random
 from collections.abc import Callable
 
 import pytest
+from torch import Tensor
 
 from disagg.cache.pages import PagePool
 from disagg.cache.storage import KVStorage
 from disagg.clock import ManualClock, WallClock
 from disagg.engine.batch import Batch, Output
 from disagg.engine.engine import Engine
+from disagg.engine.graphs import Shapes
 from disagg.engine.runner import Runner
 from disagg.engine.runner_cuda import CudaRunner
 from disagg.engine.scheduler import Scheduler
 from disagg.model.load import Loaded, load_model
+from disagg.model.ops import ReferenceOps, Step
 from disagg.request import FinishReason, Request, SamplingParams
 from disagg.testing import tiny_checkpoint
 
@@ -100,6 +103,35 @@ def test_tokens_are_those_of_one_step_at_a_time(loaded):
             assert [token for token, _ in found.top] == [token for token, _ in numbers[key].top]
         preempted += sum(request.num_preemptions for request in ours)
     assert preempted > 0, "the pool was meant to be too small"
+
+
+def test_padding_changes_no_token(tmp_path):
+    """Steps padded as on a GPU, where rows belong to nobody and sequences have none: the tokens of the plain runner.
+
+    With the reference operations, because those for CPUs take no padding.
+    """
+    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), ops=ReferenceOps())
+    places = 2 * MAX_RUNNING  # with those for chunks more than there are rows in the smallest shape
+    runner = CudaRunner(loaded, storage(loaded), max_running=places, max_batch_tokens=CHUNK, max_len=MAX_LEN)
+    runner._shapes = Shapes(places, CHUNK - 3)
+    runner.warm_up(sizes=())
+    seen = set()
+    forward = loaded.model.forward
+
+    def watched(step: Step, pages: Tensor) -> Tensor:
+        several = (step.context_len[step.num_decodes :] > 0).sum() > 1
+        seen.add((len(step.tokens), step.num_decodes, bool(several)))
+        return forward(step, pages)
+
+    loaded.model.forward = watched
+    ours, theirs = wishes(3), wishes(3)
+    tokens, reasons, _ = serve(runner, ours)
+    loaded.model.forward = forward
+    expected, why, _ = serve(Runner(loaded, storage(loaded)), theirs)
+    assert (tokens, reasons) == (expected, why)
+    assert sum(request.num_preemptions for request in ours) > 0
+    assert {(16, places, False), (32, places, False), (37, places, True)} <= seen, "one chunk and several"
+    assert CHUNK in {rows for rows, _, _ in seen}, "some steps are not padded"
 
 
 def test_abort_in_the_middle_leaves_the_others_alone(loaded):

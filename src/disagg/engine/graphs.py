@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step at a ladder of batch sizes, in one memory pool.
+"""CUDA graphs of whole steps, in one memory pool, and the shapes that steps are padded to, so that few graphs do.
 
 A captured graph costs the host one launch instead of hundreds. All graphs share their memory, logits included: what a
 replay leaves is valid until the next one.
@@ -6,12 +6,26 @@ replay leaves is valid until the next one.
 
 from bisect import bisect_left
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 _In = TypeVar("_In")
+_ROWS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)  # of steps with chunks; more keep a GPU busy
+_BESIDE = (16, 64)  # decodes beside chunks, below the most there can be
+MOST_CHUNKS = 8
+"""Of a step that has a graph; more at once are rare."""
+
+
+class Shape(NamedTuple):
+    """What a step is padded to. Decodes come first, one row each; the rows of chunks follow them at once."""
+
+    rows: int
+    decodes: int  # places for them
+    chunks: int  # places for them; 0: a step of decodes alone, where each place has the row of its own number
+    logits: int  # rows of the result
 
 
 def ladder(largest: int) -> list[int]:
@@ -20,30 +34,61 @@ def ladder(largest: int) -> list[int]:
     return [size for size in steps if size < largest] + [largest]
 
 
+class Shapes:
+    """Shapes worth a graph, for up to `max_running` requests a step; of those with chunks, up to `max_rows` rows."""
+
+    def __init__(self, max_running: int, max_rows: int) -> None:
+        self._max_running = max_running
+        most = min(max_rows, _ROWS[-1])
+        self._sizes = ladder(max_running)
+        self._rows = [*(rows for rows in _ROWS if rows < most), most]
+        self._beside = [0, *(count for count in _BESIDE if count < max_running), max_running]
+
+    def of(self, decodes: int, chunks: int, rows: int) -> Shape | None:
+        """The smallest that holds a step of so many decodes, chunks, and rows in all. None: it is run as it is."""
+        if not chunks:
+            return _alone(self._sizes[bisect_left(self._sizes, decodes)])
+        if chunks > MOST_CHUNKS or rows > self._rows[-1]:
+            return None
+        padded = self._rows[bisect_left(self._rows, rows)]
+        return _mixed(padded, self._beside[bisect_left(self._beside, decodes)])
+
+    def all(self) -> list[Shape]:
+        """All that `of` returns, those that take most memory first."""
+        mixed = [
+            _mixed(rows, beside)
+            for rows in self._rows
+            for fewer, beside in pairwise([-1, *self._beside])
+            if fewer + 2 <= min(rows, self._max_running)  # one decode more, and a chunk, are such a step
+        ]
+        found = [*map(_alone, self._sizes), *mixed]
+        return sorted(found, key=lambda shape: (shape.logits, shape.rows), reverse=True)
+
+
+def _alone(size: int) -> Shape:
+    return Shape(rows=size, decodes=size, chunks=0, logits=size)
+
+
+def _mixed(rows: int, beside: int) -> Shape:
+    decodes = min(rows, beside)  # attention of decodes writes the row of each place
+    return Shape(rows, decodes, MOST_CHUNKS, decodes + MOST_CHUNKS)
+
+
 class _Captured(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
     logits: Tensor  # a view of the shared pool's memory, which it does not keep
 
 
 class Graphs(Generic[_In]):
-    """`forward(inputs)` computes logits float32 [size, V] from memory that stays in its place.
+    """`forward(inputs)` computes logits float32 [shape.logits, V] from memory that stays in its place."""
 
-    `sizes` ascending; empty: nothing is ever captured.
-    """
-
-    def __init__(self, sizes: list[int], forward: Callable[[_In], Tensor]) -> None:
-        self.sizes = sizes
+    def __init__(self, forward: Callable[[_In], Tensor]) -> None:
         self._forward = forward
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[Shape, _Captured] = {}
         self._pool: Any = None
 
-    def padded(self, size: int) -> int:
-        """The size a step of `size` requests is run at."""
-        index = bisect_left(self.sizes, size)
-        return self.sizes[index] if index < len(self.sizes) else size
-
-    def capture(self, size: int, inputs: _In) -> None:
-        """Capture `forward(inputs)` for `size`, the largest size first: the others then fit into its memory.
+    def capture(self, shape: Shape, inputs: _In) -> None:
+        """Capture `forward(inputs)`, the shape that takes most memory first: the others then fit into it.
 
         Runs once without a graph before, for whatever compiles or allocates on first use.
         """
@@ -54,11 +99,11 @@ class Graphs(Generic[_In]):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(inputs)
-        self._captured[size] = _Captured(graph, _borrowed(logits))
+        self._captured[shape] = _Captured(graph, _borrowed(logits))
 
-    def run(self, size: int, inputs: _In) -> Tensor:
-        """Logits [size, V] of `inputs`, which must be those it was captured with; without a graph, any."""
-        captured = self._captured.get(size)
+    def run(self, shape: Shape, inputs: _In) -> Tensor:
+        """Logits of `inputs`, which must lie where those it was captured with lay; without a graph, anywhere."""
+        captured = self._captured.get(shape)
         if captured is None:
             return self._forward(inputs)
         captured.graph.replay()

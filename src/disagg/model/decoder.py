@@ -48,7 +48,7 @@ class Decoder:
                 hidden = self._layers(hidden, step, pages, range(layer, layer + 1))
         if step.last is not None and len(step.last) == 0:
             return torch.empty(0, self.spec.vocab_size, device=hidden.device)
-        if step.last is not None and len(step.last) < len(hidden):
+        if step.last is not None:
             hidden = hidden[step.last]
         normed, _ = self._ops.add_rms_norm(hidden, None, self._norm, self.spec.eps)
         return self._head(normed)

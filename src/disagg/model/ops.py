@@ -37,20 +37,20 @@ class Step:
     at position context_len[b] - n + r. Its keys and values lie in pages page_table[b, 0 : ceil(context_len / size)].
 
     The last three fields tell the host what the tensors on a device hold, so that nobody has to wait for them. Zero
-    means not known: right, but slower. Rows of a padded batch have context_len 0 and slot -1; nothing is written for
-    them, and their results mean nothing.
+    means not known: right, but slower. A padded batch has sequences of context_len 0, with a row or without, and may
+    end with rows of no sequence. Slots of its rows are -1: nothing is written for them, and their results mean nothing.
     """
 
     tokens: Tensor  # int64 [T], token ids
     positions: Tensor  # int64 [T], place of each token in its sequence, from 0
     slots: Tensor  # int64 [T], page * page_size + offset: where this token's key and value are written
-    query_start: Tensor  # int32 [B + 1], first row of each sequence, then T
+    query_start: Tensor  # int32 [B + 1], first row of each sequence, then the end of the last one
     context_len: Tensor  # int32 [B], tokens of each sequence including this step's
     page_table: Tensor  # int32 [B, most pages of a sequence]; entries past a sequence's end are not read
     last: Tensor | None  # int64 [S], rows whose logits are wanted; None: all of them
     max_query_len: int = 0  # most rows of a sequence; 1: every sequence has one, its row is its own number
     max_context_len: int = 0  # no context is longer; a captured step keeps it for all later ones
-    num_decodes: int = 0  # the first sequences that have one row each
+    num_decodes: int = 0  # the first sequences: one row each, that of its own number, or context_len 0
 
 
 @dataclass(frozen=True)
@@ -193,17 +193,20 @@ class ReferenceOps:
         k = k if k_norm is None else _rms_norm(k, k_norm, eps)
         if rope is not None:
             q, k = _rotate(q, step.positions, rope), _rotate(k, step.positions, rope)
-        page, offset = step.slots // page_size, step.slots % page_size
-        pages[page, layer, 0, :, offset] = k
-        pages[page, layer, 1, :, offset] = v
+        real = step.slots >= 0
+        page, offset = step.slots[real] // page_size, step.slots[real] % page_size
+        pages[page, layer, 0, :, offset] = k[real]
+        pages[page, layer, 1, :, offset] = v[real]
         return q.contiguous()
 
     def attend(self, q: Tensor, layer: int, pages: Tensor, step: Step, scale: float) -> Tensor:
         """Softmax over the whole context, one sequence after the other."""
         num_kv, page_size, size = pages.shape[3:]
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)
         starts = step.query_start.tolist()
         for b, context_len in enumerate(step.context_len.tolist()):
+            if not context_len:
+                continue
             rows = slice(starts[b], starts[b + 1])
             table = step.page_table[b, : -(-context_len // page_size)].long()
             k, v = pages[table, layer].movedim(0, 2).reshape(2, num_kv, -1, size)[:, :, :context_len]

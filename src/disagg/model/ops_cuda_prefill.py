@@ -63,7 +63,7 @@ def attend_chunks(
     fits = size == 128 and page_size in (16, 32, 64, 128) and share <= HOPPER_ROWS
     if tile is None and fits and is_hopper(q.device, q.dtype):
         tokens = HOPPER_ROWS // share
-        num_tiles = ((len(q) - first) // tokens + num_sequences) * num_kv
+        num_tiles = _most_tiles(len(q), num_sequences, tokens) * num_kv
         launch(
             hopper_prefill_kernel, (min(num_tiles, multiprocessors(q.device)),), q, boxes(pages), *tensors, *numbers,
             num_tiles, NUM_HEADS=num_heads, NUM_KV=num_kv, PAGE_SIZE=page_size,
@@ -72,13 +72,20 @@ def attend_chunks(
         return
     tile = tile or prefill_tile(size, q.dtype)
     tokens = tile.rows // share
-    # every sequence's last tile may be a partial one
     launch(
-        _prefill_kernel, (num_kv, (len(q) - first) // tokens + num_sequences), q, pages, *tensors, *numbers,
+        _prefill_kernel, (num_kv, _most_tiles(len(q), num_sequences, tokens)), q, pages, *tensors, *numbers,
         NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, SIZE_BLOCK=triton.next_power_of_2(size), PAGE_SIZE=page_size,
         PAGE_STRIDE=pages.stride(0), TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
         warps=tile.warps, early=early,
     )  # fmt: skip
+
+
+def _most_tiles(num_rows: int, num_sequences: int, tokens: int) -> int:
+    """Of sequences that share up to `num_rows` rows; each one's last tile may be a partial one.
+
+    Fewer of the sequences before them may have a row than there are (see Step), so none of a step's rows is left out.
+    """
+    return num_rows // tokens + num_sequences
 
 
 @kernel
