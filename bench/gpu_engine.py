@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from gpu_limits import Limits
+from gpu_ops import ceilings
 
 from disagg.cache.pages import PagePool
 from disagg.cache.storage import KVStorage
@@ -36,12 +38,9 @@ from disagg.engine.engine import Engine
 from disagg.engine.runner_cuda import CudaRunner
 from disagg.engine.scheduler import Scheduler
 from disagg.model.load import Loaded, load_model
-from disagg.model.spec import ModelSpec
-from disagg.model.weights import expected_shapes
 from disagg.request import Request, SamplingParams
 
 PAGE_SIZE = 16
-COPY_BYTES_S, MATMUL_FLOPS = 3.0e12, 767e12  # measured on the H100 that vLLM was timed on
 SPARE_BYTES = 6 << 30  # for activations and graphs
 
 _QWEN3 = {
@@ -250,6 +249,18 @@ class Bench:
                 found[f"{name} {batch}, ms"] = milliseconds(run, self.device)
         return found
 
+    def limits(self, at_best: Limits) -> dict[str, float]:
+        """The same rows as far as bytes and FLOPs tell."""
+        shape = self.shape
+        tokens_s = sum(self.outputs) / at_best.requests_s([len(prompt) for prompt in self.prompts], self.outputs)
+        found = {f"{shape.num_requests} requests, tok/s": tokens_s}
+        for batch in shape.batches:
+            found[f"decode {batch}, ms"] = at_best.decode_s(batch, 128 + shape.new_tokens / 2) * 1e3
+        for length in shape.prompts:
+            found[f"prefill 1x{length}, ms"] = at_best.prefill_s(length) * 1e3
+        found[f"prefill {shape.many[0]}x{shape.many[1]}, tok/s"] = shape.many[1] / at_best.prompt_s(shape.many[1])
+        return found
+
     def reset(self) -> None:
         """Start counting the host's time."""
         self.runner.steps, self.runner.launching, self.runner.waiting = 0, 0.0, 0.0
@@ -300,33 +311,6 @@ def load(model: str, device: str, dtype: str) -> Loaded:
         return load_model(folder, dtype=dtype if device == "cuda" else "float32", device=device, random_weights=True)
 
 
-def limits(spec: ModelSpec, shape: Shape, dtype: str) -> dict[str, float]:
-    """The best there can be: weights and cache at the speed of a copy, arithmetic at that of a matrix product.
-
-    In eight bits a layer's matrices are half the bytes, and their products take half the time.
-    """
-    sizes = {name: torch.Size(dims).numel() for name, dims in expected_shapes(spec).items()}
-    total = sum(sizes.values())
-    embedding = sizes["model.embed_tokens.weight"]
-    read = total if spec.tied else total - embedding
-    body = total - embedding * (1 if spec.tied else 2)
-    less = 2 if dtype == "fp8" else 1
-    weights = 2 * body / less + 2 * (read - body)
-    kv_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
-    attention = 4 * spec.num_layers * spec.num_heads * spec.head_dim  # FLOPs per pair of positions
-    found: dict[str, float] = {}
-    for batch in shape.batches:
-        num_bytes = weights + batch * kv_token * (128 + shape.new_tokens / 2)
-        found[f"decode {batch}, ms"] = num_bytes / COPY_BYTES_S * 1e3
-    number, length = shape.many
-    per_token = 2 * body / less + attention * length / 2
-    found[f"prefill {number}x{length}, tok/s"] = MATMUL_FLOPS / per_token
-    for length in shape.prompts:
-        flops = length * (2 * body / less + attention * length / 2)
-        found[f"prefill 1x{length}, ms"] = max(flops / MATMUL_FLOPS, weights / COPY_BYTES_S) * 1e3
-    return found
-
-
 def read_peer(text: str) -> dict[str, float]:
     """vLLM's numbers from what its timing script printed, a line a row of the table; of repeated ones the last."""
     found = {}
@@ -370,19 +354,20 @@ def main() -> None:
     measured = read_peer(arguments.peer_log.read_text()) if arguments.peer_log else None
     peers = measured or VLLM.get(arguments.model, {})
     bench = Bench(arguments.model, shape, device, arguments)
-    graphs = sorted(bench.runner._graphs._captured)
     print(f"{arguments.model}: loaded in {bench.load_s:.1f} s, warm in {bench.warm_up_s:.1f} s, "
-          f"{len(graphs)} graphs, {bench.warm_up_bytes / 2**30:.1f} GiB for activations and graphs, "
-          f"{bench.storage.num_pages} pages", flush=True)  # fmt: skip
+          f"{len(bench.runner._graphs._captured)} graphs, {bench.warm_up_bytes / 2**30:.1f} GiB for activations and "
+          f"graphs, {bench.storage.num_pages} pages", flush=True)  # fmt: skip
     faults = bench.check()
     found = {} if arguments.check_only else bench.measure()
-    bounds = limits(bench.loaded.spec, shape, arguments.dtype)
+    bandwidth, peak = ceilings() if device == "cuda" else (1e10, 1e11)  # of a rehearsal, anything
+    bounds = bench.limits(Limits(bench.loaded.spec, arguments.dtype, bandwidth, peak))
     print(table(found, arguments.model, peers, bounds))
     if arguments.profile:
         bench.profile()
     result = {
         "bench": "gpu_engine", "model": arguments.model, "dtype": arguments.dtype, "command": " ".join(sys.argv),
-        "faults": faults, "results": found, "limits": bounds, "vllm": peers, "vllm_same_machine": measured is not None,
+        "faults": faults, "results": found, "limits": bounds, "bandwidth": bandwidth, "peak": peak,
+        "vllm": peers, "vllm_same_machine": measured is not None,
         "load_s": bench.load_s, "warm_up_s": bench.warm_up_s, "warm_up_bytes": bench.warm_up_bytes,
         "num_pages": bench.storage.num_pages, "max_running": arguments.max_running,
         "max_batch_tokens": arguments.max_batch_tokens, "output_tokens": sum(bench.outputs),

@@ -4,8 +4,9 @@
 
 Random weights, drawn on the device. Decoding is a CUDA graph at contexts of 256 tokens, prompts run as they do in the
 engine, without one; neither scheduling nor sampling is in it. Beside each time stands the limit: weights and cache
-read once at 3.0 TB/s, or the arithmetic at 767 TFLOP/s. --profile adds the time of each kernel. --no-early starts
-every kernel after the one before has ended. The last line of output is JSON.
+read once at the speed of the device's memory, or the arithmetic at that of a large product, both measured first.
+--profile adds the time of each kernel. --no-early starts every kernel after the one before has ended. The last line of
+output is JSON.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_ops import DTYPE, MODELS, PAGE_SIZE, graph_ms, make_step
+from gpu_ops import DTYPE, MODELS, PAGE_SIZE, ceilings, graph_ms, make_step
 
 from disagg.model.decoder import Decoder
 from disagg.model.fp8 import FP8
@@ -24,7 +25,6 @@ from disagg.model.ops import Step, pick_ops
 from disagg.model.spec import ModelSpec, RopeSpec
 from disagg.model.weights import Place, from_seed
 
-BANDWIDTH, PEAK = 3.0e12, 767e12
 CONTEXT = 256
 SPECS = {
     name: ModelSpec(
@@ -49,9 +49,11 @@ def main() -> None:
         return
     if args.no_early:
         _start_late()
-    results = {name: measure(name, args.dtype == "fp8", args.profile) for name in args.model or SPECS}
+    bandwidth, peak = ceilings()
+    print(f"ceilings: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s")
+    results = {name: measure(name, args.dtype == "fp8", args.profile, bandwidth, peak) for name in args.model or SPECS}
     text = json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": args.dtype,
-                       "models": results})  # fmt: skip
+                       "bandwidth": bandwidth, "peak": peak, "models": results})  # fmt: skip
     if args.out:
         args.out.write_text(text)
     print(text)
@@ -65,7 +67,7 @@ def _start_late() -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, eight_bits: bool, profiled: bool) -> dict[str, float]:
+def measure(name: str, eight_bits: bool, profiled: bool, bandwidth: float, peak: float) -> dict[str, float]:
     """Milliseconds by what was timed."""
     spec = SPECS[name]
     begin = time.perf_counter()
@@ -82,7 +84,7 @@ def measure(name: str, eight_bits: bool, profiled: bool) -> dict[str, float]:
         num_bytes = weights + batch * CONTEXT * spec.kv_bytes_per_token("bfloat16")
         flop = batch * spec.decode_flops(CONTEXT)
         found[f"decode_{batch}"] = graph_ms([lambda: model.forward(step, pages)] * 2, 20)  # noqa: B023
-        _print(f"decode, batch {batch}", found[f"decode_{batch}"], max(num_bytes / BANDWIDTH, flop / PEAK), batch)
+        _print(f"decode, batch {batch}", found[f"decode_{batch}"], max(num_bytes / bandwidth, flop / peak), batch)
         if profiled:
             graph = _captured(lambda: model.forward(step, pages))  # noqa: B023
             _profile(graph.replay, found[f"decode_{batch}"])
@@ -90,7 +92,7 @@ def measure(name: str, eight_bits: bool, profiled: bool) -> dict[str, float]:
         step, pages = _inputs(spec, [(length, length)] * count)
         found[f"prefill_{count}x{length}"] = ms = eager_ms(lambda: model.forward(step, pages))  # noqa: B023
         flop = count * spec.prefill_flops(length) - 2 * body * (1 - 1 / less) * count * length
-        limit = max(flop / PEAK, weights / BANDWIDTH)
+        limit = max(flop / peak, weights / bandwidth)
         _print(f"prefill, {count} x {length}", ms, limit, count * length)
         if profiled and count * length > 2048:
             _profile(lambda: model.forward(step, pages), ms)  # noqa: B023

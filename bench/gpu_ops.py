@@ -102,12 +102,13 @@ def print_lines(lines: Iterator[Line] | Sequence[Line], bandwidth: float, peak: 
 
 
 def ceilings() -> tuple[float, float]:
-    """(bytes/s of a copy, read and written; FLOP/s of a product of 8192 cubed)."""
-    big = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    """(bytes/s of memory, by reading or by a copy, whichever is faster; FLOP/s of a product of 8192 cubed)."""
+    big = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()
     other = torch.empty_like(big)
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
-    copy_ms, product_ms = graph_ms([lambda: other.copy_(big)] * 5), graph_ms([lambda: torch.mm(x, y)] * 5)
-    return 2 * big.nbytes / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3
+    copy_ms, read_ms = graph_ms([lambda: other.copy_(big)] * 5), graph_ms([lambda: torch.amax(big)] * 5)
+    product_ms = graph_ms([lambda: torch.mm(x, y)] * 5)
+    return big.nbytes / min(copy_ms / 2, read_ms) * 1e3, 2 * 8192**3 / product_ms * 1e3
 
 
 def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 10) -> float:
@@ -263,15 +264,16 @@ def time_rows() -> Iterator[Line]:
     yield Line("silu, 8192 rows", graph_ms([lambda: ops.silu_mul(gate_up)] * 10), 1.5 * gate_up.nbytes, 0)
 
 
-# keys, warps, most programs, programs that read about equally much
+# keys, warps, most programs, programs that read about equally much, turns copied ahead (none: Triton's kernel)
 DECODE_TILES = [
-    (32, 2, 264, 264), (32, 2, 1024, 264), (32, 2, 1024, 396), (32, 2, 1024, 528), (32, 2, 2112, 792),
-    (64, 4, 1024, 396),
+    (32, 2, 1024, 396), (32, 1, 1024, 396, 4), (32, 1, 528, 528, 3), (32, 1, 1024, 528, 3), (32, 1, 2112, 1056, 3),
+    (32, 1, 1024, 792, 2), (32, 1, 2112, 1584, 2), (64, 1, 1024, 528, 2),
 ]  # fmt: skip
 DECODES = {
     "1 x 256": [(1, 256)], "8 x 256": [(1, 256)] * 8, "32 x 256": [(1, 256)] * 32, "128 x 256": [(1, 256)] * 128,
     "32 x 2048": [(1, 2048)] * 32, "20 x 1000 to 3090": [(1, 1000 + 110 * index) for index in range(20)],
     "144 x 100 to 1100": [(1, 100 + 7 * index) for index in range(144)],
+    "180 x 100 to 2000": [(1, 100 + 1900 * index // 180) for index in range(180)],
 }  # fmt: skip
 PREFILL_TILES = [(128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (64, 64, 4, 5)]
 PREFILLS = [[(2048, 2048)] * 4, [(2048, 2048)], [(8192, 8192)], [(512, 4096)] * 4, [(128, 128)]]

@@ -4,8 +4,10 @@ A captured graph costs the host one launch instead of hundreds. All graphs share
 replay leaves is valid until the next one.
 """
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -97,7 +99,7 @@ class Graphs(Generic[_In]):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(inputs)
         self._captured[shape] = _Captured(graph, _borrowed(logits))
 
@@ -108,6 +110,18 @@ class Graphs(Generic[_In]):
             return self._forward(inputs)
         captured.graph.replay()
         return captured.logits
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A graph of an earlier runner that the collector frees during a capture would break it off."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class _Memory:

@@ -10,7 +10,7 @@ In a step of decodes alone the same kernel also norms and rotates query and key 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from disagg.model.ops import Rope, Step
-from disagg.model.ops_cuda_jit import after_previous, counters_on, kernel, launch, overlaps, release_next
+from disagg.model.ops_cuda_decode_hopper import head_boxes, hopper_decode_kernel
+from disagg.model.ops_cuda_jit import after_previous, counters_on, is_hopper, kernel, launch, overlaps, release_next
 from disagg.model.ops_cuda_rows import only_finite
 
 _MAX_PARTS = 32
@@ -29,13 +30,17 @@ _MIN_TILE = 16  # rows, and inputs, of a tensor core's tile
 class DecodeTile(NamedTuple):
     """How the work is cut."""
 
-    keys: int = 32  # of one turn of the loop
-    warps: int = 2
-    programs: int = 1024  # the most that contexts are cut into, while that is more than one a context
-    goal: int = 396  # how many of them read about equally much: three for each of 132 multiprocessors
+    keys: int  # of one turn of the loop
+    warps: int
+    programs: int  # the most that contexts are cut into, while that is more than one a context
+    goal: int  # how many of them read about equally much: some for each of 132 multiprocessors
+    stages: int = 0  # turns that are copied ahead; 0: the next one, into registers, by Triton's kernel
 
 
-_TILE = DecodeTile()
+_TILE = DecodeTile(32, 2, 1024, 396)
+# on Hopper, by bench/gpu_ops.py --sweep
+_FEW, _MANY = DecodeTile(32, 1, 1024, 396, 4), DecodeTile(32, 1, 2112, 1584, 2)
+_FEWEST_OF_MANY = 40  # sequences
 
 
 class Fused(NamedTuple):
@@ -47,7 +52,16 @@ class Fused(NamedTuple):
     eps: float
 
 
-def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: DecodeTile = _TILE) -> int:
+def decode_tile(pages: Tensor, group: int, num_sequences: int) -> DecodeTile:
+    """The tile for a pool, for so many query heads that share a key/value head, and for so many sequences."""
+    page_size, size = pages.shape[4:]
+    if size == 128 and page_size in (16, 32, 64) and group <= _MIN_TILE and is_hopper(pages.device, pages.dtype):
+        tile = _FEW if num_sequences < _FEWEST_OF_MANY else _MANY
+        return tile._replace(keys=max(page_size, tile.keys))
+    return _TILE
+
+
+def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: DecodeTile) -> int:
     """Into how many parts a context is cut at most: enough to fill the GPU, none shorter than a turn of the loop.
 
     A power of two, because each number is a kernel of its own, to be compiled before anything is served.
@@ -59,7 +73,7 @@ def parts_of(num_sequences: int, num_kv: int, max_context_len: int, tile: Decode
 
 def attend_decodes(
     source: Tensor, layer: int, pages: Tensor, step: Step, scale: float, out: Tensor, num_sequences: int,
-    fused: Fused | None = None, tile: DecodeTile = _TILE,
+    fused: Fused | None = None, tile: DecodeTile | None = None,
 ) -> None:  # fmt: skip
     """Write out[:num_sequences] [Hq * D] of sequences with one row each, which is the row of their own number.
 
@@ -71,23 +85,33 @@ def attend_decodes(
     if num_sequences * num_kv > len(counters):
         raise ValueError(f"{num_sequences} sequences of {num_kv} heads need more than {len(counters)} counters")
     longest = step.max_context_len or step.page_table.shape[1] * page_size
+    group = num_heads // num_kv
+    tile = tile or decode_tile(pages, group, num_sequences)
     parts = parts_of(num_sequences, num_kv, longest, tile)
-    shape = (num_sequences, num_kv, parts, num_heads // num_kv)
+    shape = (num_sequences, num_kv, parts, group)
     partial, peak, weight = out, out, out  # not touched when there is one part
     if parts > 1:
         partial = torch.empty(*shape, size, dtype=torch.float32, device=out.device)
         peak, weight = torch.empty(2, *shape, dtype=torch.float32, device=out.device)
     rope, q_norm, k_norm, eps = fused or Fused(None, None, None, 0.0)
     cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-    early = overlaps(out.device)
+    grid = (num_sequences, num_kv, parts)
+    tensors = (pages, step.page_table, step.context_len, cos, sin, q_norm, k_norm, out, partial, peak, weight, counters)
+    numbers = (step.page_table.stride(0), layer, scale, eps)
+    flags: dict[str, Any] = {
+        "NUM_HEADS": num_heads, "NUM_KV": num_kv, "PAGE_SIZE": page_size, "PAGE_STRIDE": pages.stride(0),
+        "PARTS": parts, "GOAL": tile.goal, "FUSED": fused is not None, "HAS_ROPE": rope is not None,
+        "HAS_NORM": q_norm is not None, "warps": tile.warps, "early": overlaps(out.device),
+    }  # fmt: skip
+    if tile.stages:
+        boxes = head_boxes(pages)
+        flags |= {"PAGES": tile.keys // page_size, "STAGES": tile.stages}
+        launch(hopper_decode_kernel, grid, source, boxes, *tensors, *numbers, **flags)
+        return
     launch(
-        _decode_kernel, (num_sequences, num_kv, parts), source, pages, step.page_table, step.context_len, cos, sin,
-        q_norm, k_norm, out, partial, peak, weight, counters, step.page_table.stride(0), layer, scale, eps,
-        NUM_HEADS=num_heads, NUM_KV=num_kv, SIZE=size, HALF_BLOCK=max(_MIN_TILE, triton.next_power_of_2(size // 2)),
-        PAGE_SIZE=page_size, PAGE_STRIDE=pages.stride(0), KEYS=tile.keys, PARTS=parts, GOAL=tile.goal,
-        GROUP_BLOCK=max(_MIN_TILE, triton.next_power_of_2(num_heads // num_kv)), FUSED=fused is not None,
-        HAS_ROPE=rope is not None, HAS_NORM=q_norm is not None,
-        warps=tile.warps, early=early,
+        _decode_kernel, grid, source, *tensors, *numbers, SIZE=size, KEYS=tile.keys,
+        HALF_BLOCK=max(_MIN_TILE, triton.next_power_of_2(size // 2)),
+        GROUP_BLOCK=max(_MIN_TILE, triton.next_power_of_2(group)), **flags,
     )  # fmt: skip
 
 

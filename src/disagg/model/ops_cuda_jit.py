@@ -69,6 +69,17 @@ def is_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+class Memory(NamedTuple):
+    """Of a tensor, what a descriptor wants to know. Hashable, so that descriptors can be kept."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        """As a tensor says it."""
+        return self.address
+
+
 class _Compiled(NamedTuple):
     """A compiled kernel as the driver takes it."""
 

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from disagg.model.ops_cuda_jit import kernel
+from disagg.model.ops_cuda_jit import Memory, kernel
 
 _SEARCH = gl.constexpr(256)  # sequences looked at together to find a tile's own
 _ROWS = gl.constexpr(64)  # of a tile, for each of the two groups of computing warps
@@ -42,24 +40,14 @@ _HALF = gl.constexpr(64)  # channels of half a head
 HOPPER_ROWS = 128  # of a tile
 
 
-class _Memory(NamedTuple):
-    """Of a tensor, what a descriptor wants to know."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
 def boxes(pages: Tensor) -> TensorDescriptor:
     """The pool [P, L, 2, H, page_size, 128] as the kernel copies it: half heads of one page at a time."""
     *_, page_size, size = pages.shape
-    return _boxes(_Memory(pages.data_ptr(), pages.dtype), pages.numel() // size, size, page_size)
+    return _boxes(Memory(pages.data_ptr(), pages.dtype), pages.numel() // size, size, page_size)
 
 
 @functools.lru_cache(maxsize=16)
-def _boxes(memory: _Memory, num_rows: int, size: int, page_size: int) -> TensorDescriptor:
+def _boxes(memory: Memory, num_rows: int, size: int, page_size: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(memory, [num_rows, size], [size, 1], [page_size, size // 2], layout)
 
