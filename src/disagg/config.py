@@ -194,9 +194,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # 1,024 positions keep a GPU as busy as 8,192 for models from some billion weights on: a prompt is computed whole where
-# it can, and does not wait for others computed beside it
+# it can, and does not wait for others computed beside it. 512 still do nearly, and are a graph: decodes beside chunks
+# have to wait half as long
 _ON_GPUS = {
-    "dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 4096, "max_mixed_tokens": 1024, "enough_tokens": 1024,
+    "dtype": "bfloat16", "kv_bytes": 0, "max_batch_tokens": 4096, "max_mixed_tokens": 512, "enough_tokens": 1024,
     "max_running": 256,
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def test_what_is_not_given_follows_from_the_devices():
     assert EngineSpec.on("cuda", dtype="float16").dtype == "float16"
     assert on_gpus.max_mixed_tokens < on_gpus.max_batch_tokens
     assert EngineSpec.on("cuda", max_batch_tokens=4096).max_mixed_tokens is None  # the number given is for every step
-    with pytest.raises(InputError, match=r"max_mixed_tokens \(1024\) must be at least max_running \(2000\)"):
+    with pytest.raises(InputError, match=r"max_mixed_tokens \(512\) must be at least max_running \(2000\)"):
         EngineSpec.on("cuda", max_running=2000)
     with pytest.raises(InputError, match="gpu_memory"):
         EngineSpec.on("cuda", gpu_memory=1.5)
