@@ -141,10 +141,10 @@ class Bench:
         self.prompts = [self.prompt(self.draw.randint(least, most)) for _ in range(count)]
         self.outputs = [self.draw.randint(least, most) for _ in range(count)]
         self.storage = self._storage()
-        begin, before = time.perf_counter(), reserved(device)
+        begin, before = time.perf_counter(), in_use(device)
         self.runner = self.make(Timed)
         self.runner.warm_up()
-        self.warm_up_s, self.warm_up_bytes = time.perf_counter() - begin, reserved(device) - before
+        self.warm_up_s, self.warm_up_bytes = time.perf_counter() - begin, in_use(device) - before
 
     def prompt(self, length: int) -> list[int]:
         """Random tokens."""
@@ -258,7 +258,8 @@ class Bench:
             found[f"decode {batch}, ms"] = at_best.decode_s(batch, 128 + shape.new_tokens / 2) * 1e3
         for length in shape.prompts:
             found[f"prefill 1x{length}, ms"] = at_best.prefill_s(length) * 1e3
-        found[f"prefill {shape.many[0]}x{shape.many[1]}, tok/s"] = shape.many[1] / at_best.prompt_s(shape.many[1])
+        number, length = shape.many
+        found[f"prefill {number}x{length}, tok/s"] = number * length / at_best.prefill_s(length, number)
         return found
 
     def reset(self) -> None:
@@ -286,9 +287,10 @@ class Bench:
             print(seen.key_averages().table(sort_by=order, row_limit=18, max_name_column_width=60))
 
 
-def reserved(device: str) -> int:
-    """Bytes of device memory that torch holds."""
-    return torch.cuda.memory_reserved() if device == "cuda" else 0
+def in_use(device: str) -> int:
+    """Bytes of device memory that are in use, also by the driver, which keeps the graphs."""
+    free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
+    return total - free
 
 
 def milliseconds(run: Callable[[], Any], device: str, repeats: int = 50) -> float:
@@ -360,7 +362,7 @@ def main() -> None:
     faults = bench.check()
     found = {} if arguments.check_only else bench.measure()
     bandwidth, peak = ceilings() if device == "cuda" else (1e10, 1e11)  # of a rehearsal, anything
-    bounds = bench.limits(Limits(bench.loaded.spec, arguments.dtype, bandwidth, peak))
+    bounds = bench.limits(Limits(bench.loaded.spec, arguments.dtype == "fp8", bandwidth, peak))
     print(table(found, arguments.model, peers, bounds))
     if arguments.profile:
         bench.profile()

@@ -1,44 +1,50 @@
-"""The best a GPU could do: bytes over the memory's speed, or FLOPs over that of a large product. See gpu_engine.py."""
+"""How fast a GPU could be: bytes over the memory's speed or FLOPs over a large product's, whichever takes longer.
 
-import torch
+Both speeds are measured (gpu_ops.ceilings). See gpu_engine.py and gpu_model.py.
+"""
 
 from disagg.model.spec import ModelSpec
-from disagg.model.weights import expected_shapes
 
 
 class Limits:
-    """Of one model on one device.
+    """Of one model on one device, in seconds.
 
-    A step reads every weight once, and the keys and values of all its contexts; a prompt takes two FLOPs per weight and
-    token, and four per channel and pair of positions. In eight bits a layer's matrices are half the bytes, and their
-    products take half the time.
+    A step reads every weight once, and the keys and values of all its contexts; a token takes two FLOPs per weight, and
+    four per channel and position it attends to. In eight bits a layer's matrices are half the bytes, and their products
+    take half the time.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: str, bandwidth: float, peak: float) -> None:
-        sizes = {name: torch.Size(dims).numel() for name, dims in expected_shapes(spec).items()}
-        total, embedding = sum(sizes.values()), sizes["model.embed_tokens.weight"]
-        body = total - embedding * (1 if spec.tied else 2)
-        less = 2 if dtype == "fp8" else 1
-        self.bandwidth, self.peak = bandwidth, peak
-        self.weights = 2 * body / less + 2 * embedding  # bytes of a step; of the table of embeddings next to nothing
-        self.kv_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
-        self._per_token = 2 * body / less
-        self._per_pair = 4 * spec.num_layers * spec.num_heads * spec.head_dim
+    def __init__(self, spec: ModelSpec, eight_bits: bool, bandwidth: float, peak: float) -> None:
+        """`bandwidth` in bytes/s, `peak` in FLOP/s of numbers of two bytes."""
+        self._spec, self._bandwidth, self._peak = spec, bandwidth, peak
+        self._saved = spec.num_layers * spec.layer_params if eight_bits else 0  # bytes, and FLOPs a token
+
+    @property
+    def weights_s(self) -> float:
+        """To read them, the output projection included; of the table of embeddings next to nothing."""
+        spec = self._spec
+        matrices = spec.num_layers * spec.layer_params + spec.vocab_size * spec.hidden_size
+        return (2 * matrices - self._saved) / self._bandwidth
+
+    def cache_s(self, positions: float) -> float:
+        """To read the keys and values of so many."""
+        return positions * self._spec.kv_bytes_per_token("bfloat16") / self._bandwidth
 
     def decode_s(self, batch: int, context: float) -> float:
         """A step of `batch` decodes."""
-        return (self.weights + batch * self.kv_token * context) / self.bandwidth
+        flops = batch * (self._spec.decode_flops(int(context)) - self._saved)
+        return max(self.weights_s + self.cache_s(batch * context), flops / self._peak)
 
-    def prompt_s(self, length: int) -> float:
-        """Arithmetic of a prompt; every position sees half of the others."""
-        return length * (self._per_token + self._per_pair * length / 2) / self.peak
-
-    def prefill_s(self, length: int) -> float:
-        """A prompt by itself: the weights have to be read, too."""
-        return max(self.prompt_s(length), self.weights / self.bandwidth)
+    def prefill_s(self, length: int, count: int = 1) -> float:
+        """`count` prompts at once."""
+        flops = count * (self._spec.prefill_flops(length) - length * self._saved)
+        return max(self.weights_s, flops / self._peak)
 
     def requests_s(self, prompts: list[int], outputs: list[int]) -> float:
-        """Many requests at once: all prompts, as many steps as the longest output has, every context read each step."""
-        positions = sum(n * p + n * (n - 1) / 2 for p, n in zip(prompts, outputs, strict=True))
-        steps = max(outputs) * self.weights + positions * self.kv_token
-        return sum(map(self.prompt_s, prompts)) + steps / self.bandwidth
+        """Many requests at once: all prompts, then as many steps as the longest output needs.
+
+        No strict bound: what reads weights and what computes could share a step.
+        """
+        positions = sum((n - 1) * p + n * (n - 1) / 2 for p, n in zip(prompts, outputs, strict=True))
+        prompts_s = sum(self.prefill_s(length) for length in prompts)
+        return prompts_s + (max(outputs) - 1) * self.weights_s + self.cache_s(positions)

@@ -2,11 +2,11 @@
 
     python bench/gpu_model.py [--model M] [--dtype fp8] [--profile] [--out FILE]
 
-Random weights, drawn on the device. Decoding is a CUDA graph at contexts of 256 tokens, prompts run as they do in the
-engine, without one; neither scheduling nor sampling is in it. Beside each time stands the limit: weights and cache
-read once at the speed of the device's memory, or the arithmetic at that of a large product, both measured first.
---profile adds the time of each kernel. --no-early starts every kernel after the one before has ended. The last line of
-output is JSON.
+Random weights, drawn on the device. Decoding is a CUDA graph at contexts of 256 tokens; prompts run without one, as the
+engine runs those of more than 512 tokens; neither scheduling nor sampling is in it. Beside each time stands the limit:
+weights and cache read once at the speed of the device's memory, or the arithmetic at that of a large product, both
+measured first. --profile adds the time of each kernel. --no-early starts every kernel after the one before has ended.
+The last line of output is JSON.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu_limits import Limits
 from gpu_ops import DTYPE, MODELS, PAGE_SIZE, ceilings, graph_ms, make_step
 
 from disagg.model.decoder import Decoder
@@ -76,23 +77,18 @@ def measure(name: str, eight_bits: bool, profiled: bool, bandwidth: float, peak:
     torch.cuda.empty_cache()
     found = {"load_s": time.perf_counter() - begin, "memory_gib": torch.cuda.memory_allocated() / 2**30}
     print(f"\n{name}: loaded in {found['load_s']:.1f} s, {found['memory_gib']:.1f} GiB")
-    head = spec.vocab_size * spec.hidden_size
-    body = spec.num_params - head * (1 if spec.tied else 2)  # a row of the embedding is read, not all
-    weights, less = (body + 2 * head, 2) if eight_bits else (2 * body + 2 * head, 1)
+    at_best = Limits(spec, eight_bits, bandwidth, peak)
     for batch in (1, 8, 32, 128):
         step, pages = _inputs(spec, [(1, CONTEXT)] * batch)
-        num_bytes = weights + batch * CONTEXT * spec.kv_bytes_per_token("bfloat16")
-        flop = batch * spec.decode_flops(CONTEXT)
         found[f"decode_{batch}"] = graph_ms([lambda: model.forward(step, pages)] * 2, 20)  # noqa: B023
-        _print(f"decode, batch {batch}", found[f"decode_{batch}"], max(num_bytes / bandwidth, flop / peak), batch)
+        _print(f"decode, batch {batch}", found[f"decode_{batch}"], at_best.decode_s(batch, CONTEXT), batch)
         if profiled:
             graph = _captured(lambda: model.forward(step, pages))  # noqa: B023
             _profile(graph.replay, found[f"decode_{batch}"])
     for count, length in ((1, 128), (1, 512), (1, 2048), (4, 2048), (1, 8192)):
         step, pages = _inputs(spec, [(length, length)] * count)
         found[f"prefill_{count}x{length}"] = ms = eager_ms(lambda: model.forward(step, pages))  # noqa: B023
-        flop = count * spec.prefill_flops(length) - 2 * body * (1 - 1 / less) * count * length
-        limit = max(flop / peak, weights / bandwidth)
+        limit = at_best.prefill_s(length, count)
         _print(f"prefill, {count} x {length}", ms, limit, count * length)
         if profiled and count * length > 2048:
             _profile(lambda: model.forward(step, pages), ms)  # noqa: B023
