@@ -3,7 +3,7 @@
 Up to MAX_ROWS rows a product is bound by reading the weight: kernels of our own (ops_cuda_linear.py), five a layer with
 one row, seven with more. Many rows are bound by arithmetic: cuBLAS, with the residual added by the product itself.
 Attention: ops_cuda_decode.py for sequences with one new token, ops_cuda_prefill.py for chunks. Nothing waits for the
-device, and a step of decodes alone can be captured in a CUDA graph.
+device, so that a step can be captured in a CUDA graph.
 
 A row's result may differ in the last bits between batches of different padded size, because sums are cut differently.
 """

@@ -55,9 +55,8 @@ class Fused(NamedTuple):
 def decode_tile(pages: Tensor, group: int, num_sequences: int) -> DecodeTile:
     """The tile for a pool, for so many query heads that share a key/value head, and for so many sequences."""
     page_size, size = pages.shape[4:]
-    if size == 128 and page_size in (16, 32, 64) and group <= _MIN_TILE and is_hopper(pages.device, pages.dtype):
-        tile = _FEW if num_sequences < _FEWEST_OF_MANY else _MANY
-        return tile._replace(keys=max(page_size, tile.keys))
+    if size == 128 and page_size in (16, 32) and group <= _MIN_TILE and is_hopper(pages.device, pages.dtype):
+        return _FEW if num_sequences < _FEWEST_OF_MANY else _MANY
     return _TILE
 
 

@@ -6,15 +6,14 @@ registers, which hold few. Here the hardware's copies of boxes (TMA) bring them 
     a program, one warp    pages of turn t + STAGES ─▶ the places that turn t has left
                            scores and sums of turn t, from its places, when their bytes have arrived
 
-Four to seven programs share a multiprocessor, and none waits for another. Written in Gluon, Triton's lower language,
-where layouts, copies and waits are explicit. Heads of 128 channels, each kept as two halves of 64; a box is what a page
-has of one head: keys and values, both halves of them.
+Three to six programs share a multiprocessor, by their shared memory, and none waits for another. Written in Gluon,
+Triton's lower language, where layouts, copies and waits are explicit. Heads of 128 channels, each kept as two halves of
+64; a box is what a page has of one head: keys and values, both halves of them.
 """
 
 from __future__ import annotations
 
 import functools
-from functools import partial
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -45,7 +44,7 @@ def _boxes(memory: Memory, planes: int, num_kv: int, page_size: int) -> TensorDe
     return TensorDescriptor(memory, shape, strides, [2, 2, page_size, half], layout)
 
 
-@partial(kernel, jit=gluon.jit)
+@functools.partial(kernel, jit=gluon.jit)
 def hopper_decode_kernel(  # noqa: C901 - most branches are decided when it is compiled
     source, boxes, pages, page_table, context_len, cos, sin, q_norm, k_norm, out, partial, peak, weight, counters,
     table_width, layer, scale, eps,
@@ -83,11 +82,8 @@ def hopper_decode_kernel(  # noqa: C901 - most branches are decided when it is c
     past = length - 1 if FUSED else length  # keys to be read
     turns = gl.cdiv(past, KEYS)
     turns_of_part, parts = turns, 1
-    if PARTS > 1:  # parts of long and short contexts are about equally long, so that they end together
-        wanted = gl.maximum(gl.cdiv(_turns_of_all(context_len, KEYS) * NUM_KV, GOAL), 1)
-        pieces = gl.minimum(gl.maximum((turns + wanted // 2) // wanted, 1), PARTS)
-        turns_of_part = gl.maximum(gl.cdiv(turns, pieces), 1)
-        parts = gl.maximum(gl.cdiv(turns, turns_of_part), 1)
+    if PARTS > 1:
+        turns_of_part, parts = _cut(turns, context_len, KEYS, NUM_KV, PARTS, GOAL)
         if part >= parts:
             return
 
@@ -125,20 +121,13 @@ def hopper_decode_kernel(  # noqa: C901 - most branches are decided when it is c
         v_first, v_second = gl.load(at_key + NUM_KV * SIZE), gl.load(at_key + NUM_KV * SIZE + _HALF)
         wide_first, wide_second = q_first.to(gl.float32), q_second.to(gl.float32)
         if HAS_NORM:
-            square = gl.sum(wide_first * wide_first, axis=1) + gl.sum(wide_second * wide_second, axis=1)
-            q_scale = gl.rsqrt(square / SIZE + eps)[:, None]
-            wide_first *= q_scale * gl.load(q_norm + half).to(gl.float32)[None, :]
-            wide_second *= q_scale * gl.load(q_norm + _HALF + half).to(gl.float32)[None, :]
-            k_scale = gl.rsqrt((gl.sum(k_first * k_first, axis=0) + gl.sum(k_second * k_second, axis=0)) / SIZE + eps)
-            k_first *= k_scale * gl.load(k_norm + half).to(gl.float32)
-            k_second *= k_scale * gl.load(k_norm + _HALF + half).to(gl.float32)
+            wide_first, wide_second, k_first, k_second = _normed(
+                wide_first, wide_second, k_first, k_second, q_norm + half, k_norm + half, eps
+            )
         if HAS_ROPE:
             cosine, sine = gl.load(cos + past * _HALF + half), gl.load(sin + past * _HALF + half)
-            wide_first, wide_second = (
-                wide_first * cosine[None, :] - wide_second * sine[None, :],
-                wide_second * cosine[None, :] + wide_first * sine[None, :],
-            )
-            k_first, k_second = k_first * cosine - k_second * sine, k_second * cosine + k_first * sine
+            wide_first, wide_second = _rotated(wide_first, wide_second, cosine[None, :], sine[None, :])
+            k_first, k_second = _rotated(k_first, k_second, cosine, sine)
         # rounded as they are where the pages hold them
         q_first, q_second = wide_first.to(q_first.dtype), wide_second.to(q_second.dtype)
         k_first, k_second = k_first.to(q_first.dtype), k_second.to(q_first.dtype)
@@ -147,10 +136,8 @@ def hopper_decode_kernel(  # noqa: C901 - most branches are decided when it is c
             own_page = gl.load(table + past // PAGE_SIZE).to(gl.int64)
             own_row = (layer * 2 * NUM_KV + kv_head) * PAGE_SIZE + past % PAGE_SIZE
             own_place = pages + own_page * PAGE_STRIDE + own_row * SIZE + half
-            gl.store(own_place, k_first)
-            gl.store(own_place + _HALF, k_second)
-            gl.store(own_place + KV_STRIDE, v_first)
-            gl.store(own_place + KV_STRIDE + _HALF, v_second)
+            _store_halves(own_place, k_first, k_second)
+            _store_halves(own_place + KV_STRIDE, v_first, v_second)
             own = gl.sum(q_first.to(gl.float32) * k_first.to(gl.float32)[None, :], axis=1)
             own += gl.sum(q_second.to(gl.float32) * k_second.to(gl.float32)[None, :], axis=1)
             highest = gl.convert_layout(own, gl.SliceLayout(1, tile)) * scale_2
@@ -160,16 +147,18 @@ def hopper_decode_kernel(  # noqa: C901 - most branches are decided when it is c
     q_first, q_second = gl.convert_layout(q_first, left), gl.convert_layout(q_second, left)
 
     for turn in range(0, count):
-        place = turn % STAGES
+        stage_of_turn = turn % STAGES
         ahead = _pages(table, begin + turn + STAGES, last_page, PAGES)
-        mbarrier.wait(bars.index(place), turn // STAGES & 1)
+        mbarrier.wait(bars.index(stage_of_turn), turn // STAGES & 1)
         highest, total, sum_first, sum_second = _turn(
-            q_first, q_second, places, place, highest, total, sum_first, sum_second,
+            q_first, q_second, places, stage_of_turn, highest, total, sum_first, sum_second,
             past - (begin + turn) * KEYS, scale_2, PAGE_SIZE, PAGES, tile,
         )  # fmt: skip
-        gl.thread_barrier()  # all lanes have read the place that is filled again
+        gl.thread_barrier()  # all lanes have read the places that are filled again
         if turn + STAGES < count:
-            _copy(boxes, ahead, layer, kv_head, places, place, bars.index(place), LAYERS, PAGE_SIZE, PAGES)
+            _copy(
+                boxes, ahead, layer, kv_head, places, stage_of_turn, bars.index(stage_of_turn), LAYERS, PAGE_SIZE, PAGES
+            )  # fmt: skip
 
     if parts == 1:
         whole = total[:, None]
@@ -189,6 +178,41 @@ def hopper_decode_kernel(  # noqa: C901 - most branches are decided when it is c
                 out_row, partial + group_of * (GROUP * SIZE), peak + group_of * GROUP, weight + group_of * GROUP, parts,
                 GROUP, PARTS,
             )  # fmt: skip
+
+
+@gluon.jit
+def _cut(turns, context_len, KEYS: gl.constexpr, NUM_KV: gl.constexpr, PARTS: gl.constexpr, GOAL: gl.constexpr):
+    """Turns of a part, and parts: of long and short contexts they are about equally long, so that they end together."""
+    wanted = gl.maximum(gl.cdiv(_turns_of_all(context_len, KEYS) * NUM_KV, GOAL), 1)
+    pieces = gl.minimum(gl.maximum((turns + wanted // 2) // wanted, 1), PARTS)
+    turns_of_part = gl.maximum(gl.cdiv(turns, pieces), 1)
+    return turns_of_part, gl.maximum(gl.cdiv(turns, turns_of_part), 1)
+
+
+@gluon.jit
+def _normed(q_first, q_second, k_first, k_second, q_norm, k_norm, eps):
+    """Queries [rows, 64] twice and a key [64] twice, by RMSNorm; `q_norm`, `k_norm`: of the first halves."""
+    q_square = gl.sum(q_first * q_first, axis=1) + gl.sum(q_second * q_second, axis=1)
+    q_scale = gl.rsqrt(q_square / (2 * _HALF) + eps)[:, None]
+    q_first *= q_scale * gl.load(q_norm).to(gl.float32)[None, :]
+    q_second *= q_scale * gl.load(q_norm + _HALF).to(gl.float32)[None, :]
+    k_scale = gl.rsqrt((gl.sum(k_first * k_first, axis=0) + gl.sum(k_second * k_second, axis=0)) / (2 * _HALF) + eps)
+    k_first *= k_scale * gl.load(k_norm).to(gl.float32)
+    k_second *= k_scale * gl.load(k_norm + _HALF).to(gl.float32)
+    return q_first, q_second, k_first, k_second
+
+
+@gluon.jit
+def _rotated(first, second, cosine, sine):
+    """Both halves of a head, rotated."""
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+@gluon.jit
+def _store_halves(place, first, second):
+    """Both halves of a head."""
+    gl.store(place, first)
+    gl.store(place + _HALF, second)
 
 
 @gluon.jit
@@ -237,9 +261,9 @@ def _turn(
     """One step of the online softmax over a turn's keys, of which the first `known` are the sequence's."""
     left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, tile, 2)
-    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     # [key or value, half] of each place one after the other
-    halves = places._reinterpret(places.dtype, [4 * places.shape[0], PAGE_SIZE, _HALF], flat)
+    halves = places._reinterpret(places.dtype, [4 * places.shape[0], PAGE_SIZE, _HALF], half)
     key = gl.arange(0, PAGE_SIZE, layout=gl.SliceLayout(0, tile))
     higher = highest
     scores = ()
