@@ -96,6 +96,8 @@ def point(arm: str, workload: Workload, records: list[Record], took_s: float) ->
     }
     parts = [record.e2e_parts() for record in done]
     waits = {name: milliseconds([each[name] for each in parts]) for name in (parts[0] if parts else ())}
+    begun_at = min((record.scheduled_at for record in records), default=0.0)
+    latest = sorted(done, key=lambda record: -record.ttft_s)[:5]  # one event, or a burst?
     handoff_s = [record.handoff_busy_s for record in handed]
     num_bytes = sum(record.handoff_bytes for record in handed)
     return {
@@ -105,6 +107,11 @@ def point(arm: str, workload: Workload, records: list[Record], took_s: float) ->
         "itl": milliseconds([gap for record in done for gap in record.itl_s]),
         "second_token": milliseconds([record.itl_s[0] for record in done]),
         "e2e": milliseconds([record.e2e_s for record in done]), "good": good, "parts": waits,
+        "latest": [
+            {"at_s": round(each.scheduled_at - begun_at, 2)}
+            | {name: round(part_s * 1e3, 1) for name, part_s in (each.ttft_parts() or {}).items()}
+            for each in latest
+        ],
         "late": milliseconds([record.sent_at - record.scheduled_at for record in done]),
         "handed_over": len(handed), "handoff_copy": milliseconds(handoff_s),
         "handoff_gb_s": round(num_bytes / sum(handoff_s) / 1e9, 1) if handoff_s else None,
