@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from disagg.cache.storage import KVStorage
 from disagg.clock import WallClock
 from disagg.engine.batch import Batch, Chunk
 from disagg.engine.engine import Engine
+from disagg.engine.graphs import MOST_CHUNKS, Shape
 from disagg.engine.runner import Runner
 from disagg.engine.runner_cuda import CudaRunner
 from disagg.engine.scheduler import Scheduler
@@ -20,6 +22,7 @@ from disagg.testing import VARIANTS, tiny_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 NUM_PAGES, MAX_LEN, MAX_RUNNING, CHUNK = 60, 160, 12, 64
+HEADS = pytest.mark.parametrize("size", [32, 128])  # of 128 there are kernels for Hopper
 
 
 class OneByOne(CudaRunner):
@@ -36,16 +39,34 @@ def storage(loaded: Loaded) -> KVStorage:
     )  # fmt: skip
 
 
-def on_gpu(loaded: Loaded, kind: type[CudaRunner] = CudaRunner, graphs: bool = True) -> CudaRunner:
-    runner = kind(loaded, storage(loaded), max_running=MAX_RUNNING, max_batch_tokens=CHUNK, max_len=MAX_LEN)
+class Noting(CudaRunner):
+    """Keeps the shapes of the steps it is given, and runs them."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.met: set[Shape] = set()
+
+    def _shape(self, batch: Batch) -> Shape:
+        shape = super()._shape(batch)
+        self.met.add(shape)
+        return shape
+
+
+def on_gpu(
+    loaded: Loaded, kind: type[CudaRunner] = CudaRunner, graphs: bool = True, running: int = MAX_RUNNING
+) -> CudaRunner:
+    runner = kind(loaded, storage(loaded), max_running=running, max_batch_tokens=CHUNK, max_len=MAX_LEN)
     runner.warm_up(None if graphs else ())
     return runner
 
 
-def serve(runner: Runner | CudaRunner, params: list[SamplingParams], lengths: list[int], vocabulary: int = 256):
+def serve(
+    runner: Runner | CudaRunner, params: list[SamplingParams], lengths: list[int], vocabulary: int = 256,
+    running: int = MAX_RUNNING,
+):  # fmt: skip
     """Output tokens of one request each, prompts from a fixed seed, on too few pages for all."""
     rng = random.Random(0)
-    scheduler = Scheduler(PagePool(NUM_PAGES, 16), max_batch_tokens=CHUNK, max_running=MAX_RUNNING, max_len=MAX_LEN)
+    scheduler = Scheduler(PagePool(NUM_PAGES, 16), max_batch_tokens=CHUNK, max_running=running, max_len=MAX_LEN)
     engine = Engine("test", scheduler, runner, WallClock())
     requests = []
     for number, (one, length) in enumerate(zip(params, lengths, strict=True)):
@@ -69,10 +90,11 @@ def test_greedy_tokens_are_those_of_the_cpu(variant, tmp_path):
     assert serve(on_gpu(there), params, lengths) == serve(Runner(here, storage(here)), params, lengths)
 
 
+@HEADS
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "fp8"])
-def test_graphs_and_running_ahead_change_no_token(dtype, tmp_path):
+def test_graphs_and_running_ahead_change_no_token(dtype, size, tmp_path):
     """In the same batch shapes, every bit is the same: greedy, drawn, filtered, beside prompts of several chunks."""
-    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype=dtype, device="cuda")
+    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path, head_dim=size)), dtype=dtype, device="cuda")
     kinds = [{"temperature": 0}, {"temperature": 0.7}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}]
     together = [[CHUNK // 8] * count for count in (1, 3, 5, 8)]
     for lengths in (*together, [8, 100, 30, 70, 9], [100, 1, 64, 65, 3, 2]):
@@ -114,18 +136,26 @@ def test_steps_of_every_shape_replay_graphs(tmp_path):
     assert not eager
 
 
+@HEADS
 @pytest.mark.parametrize("graphs", [True, False])
-def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path, monkeypatch):
-    """Whatever is served then, in steps of all kinds, every kernel with its constants has been there before."""
+def test_nothing_is_compiled_after_the_warm_up(graphs, size, tmp_path, monkeypatch):
+    """Whatever is served then, in steps of all kinds, every kernel with its constants has been there before.
+
+    With few decodes and with many, for which attention is cut differently, alone and beside few and many chunks.
+    """
     from disagg.model import ops_cuda_jit
 
     monkeypatch.setattr(ops_cuda_jit, "_compiled", {})  # other tests' do not count
-    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path)), dtype="bfloat16", device="cuda")
-    runner = on_gpu(loaded, graphs=graphs)
+    loaded = load_model(str(tiny_checkpoint("qwen3", tmp_path, head_dim=size)), dtype="bfloat16", device="cuda")
+    running = 48
+    runner = on_gpu(loaded, Noting, graphs, running)
+    runner.met.clear()
     warm = {key[:-1] for key in ops_cuda_jit._compiled}  # the last part only says how arguments divide
-    lengths = [*[3] * 10, 1, 5, 16, 17, 40, 64, 65, 90, 100, 3, 30, 120, 15, 31, 33, 70]
-    params = [SamplingParams(temperature=n % 2, max_tokens=10 + 2 * n, ignore_eos=True) for n in range(len(lengths))]
-    serve(runner, params, lengths)
+    lengths = [*[3] * 44, 1, 5, 16, 17, 40, 64, 65, 90, 100, 3, 30, 120, 15, 31, 33, 70]
+    params = [SamplingParams(temperature=n % 2, max_tokens=10 + n, ignore_eos=True) for n in range(len(lengths))]
+    serve(runner, params, lengths, running=running)
+    assert {(shape.decodes >= 40, shape.chunks > 0) for shape in runner.met} == set(product([True, False], repeat=2))
+    assert max(shape.chunks for shape in runner.met) > MOST_CHUNKS
     assert {key[:-1] for key in ops_cuda_jit._compiled} == warm
 
 

@@ -14,6 +14,7 @@ import torch
 
 from disagg.cache.pages import PagePool
 from disagg.clock import WallClock
+from disagg.engine.batch import Batch, Chunk
 from disagg.engine.engine import Engine
 from disagg.engine.graphs import MOST_CHUNKS, Shape, Shapes, ladder
 from disagg.engine.packing import Packed
@@ -133,8 +134,9 @@ def test_model_is_told_the_truth(seed, limits, padded):
     shapes = {(len(step.tokens), step.num_decodes, len(step.context_len) - step.num_decodes) for step in mixed}
     assert len(shapes & known) > 1
     for rows, decodes, chunks in shapes - known:
-        assert rows > limits.padded or chunks > MOST_CHUNKS, f"{rows, decodes, chunks} should be padded"
-    assert (shapes <= known) == (limits is FEW), "not all steps of many are padded"
+        assert rows > limits.padded or chunks > MOST_CHUNKS, f"{rows, decodes, chunks} has no graph"
+        assert decodes in {places for _, places, _ in known}
+    assert (shapes <= known) == (limits is FEW), "not all steps of many have graphs"
 
 
 def test_what_a_graph_reads_stays_in_its_place():
@@ -155,7 +157,7 @@ def test_what_a_graph_reads_stays_in_its_place():
 
 
 def test_every_shape_is_captured_and_holds_its_steps():
-    """Of all steps that there can be, the padded ones find their shape among those that are captured."""
+    """All steps that there can be, but long ones and those with many chunks, find their shape among the captured."""
     for running, rows in ((1, 1), (3, 20), (16, 16), (40, 512), (100, 128), (256, 8192)):
         shapes = Shapes(running, rows)
         known = shapes.all()
@@ -166,16 +168,79 @@ def test_every_shape_is_captured_and_holds_its_steps():
                 if decodes + chunks > running or chunks > length:
                     continue
                 shape = shapes.of(decodes, chunks, decodes + length)
-                if shape is None:
-                    assert decodes + length > min(rows, 512)
-                    continue
                 assert decodes <= shape.decodes <= shape.rows
-                assert decodes + length <= shape.rows <= rows
-                assert shape.logits == shape.decodes + shape.chunks
-                found.add(shape)
+                assert decodes + length <= shape.rows
+                assert decodes + chunks <= shape.logits <= running
+                if decodes + length <= min(rows, 512):
+                    assert shape.rows <= rows
+                    found.add(shape)
+                else:
+                    assert shape.rows == decodes + length
         found |= {shapes.of(decodes, 0, decodes) for decodes in range(1, running + 1)}
         assert found == set(known)
-        assert shapes.of(0, MOST_CHUNKS + 1, MOST_CHUNKS + 1) is None
+        assert shapes.of(0, MOST_CHUNKS + 1, MOST_CHUNKS + 1).chunks == MOST_CHUNKS + 1
+
+
+class Recorder(CudaRunner):
+    """Without a model, padded as on a GPU, for prompts of up to 64 tokens."""
+
+    def __init__(self, running: int, tokens: int) -> None:
+        self.ran: set[Shape] = set()
+        super().__init__(
+            SimpleNamespace(spec=None, model=None, device="cpu"), SimpleNamespace(page_size=PAGE_SIZE),
+            max_running=running, max_batch_tokens=tokens, max_len=MAX_LEN,
+        )  # fmt: skip
+        self._shapes = Shapes(running, tokens)
+
+    def _forward(self, packed: Packed) -> torch.Tensor:
+        self.ran.add(packed.shape)
+        return torch.zeros(packed.shape.logits, VOCABULARY)
+
+
+def kernel_of(rows: int) -> int:
+    """Kernels for products are compiled for one row, and for the next power of two of up to 128; above, a library's."""
+    return 1 if rows == 1 else min(256, max(16, 1 << (rows - 1).bit_length()))
+
+
+@pytest.mark.parametrize("tokens", [17, 40, 512, 600, 8192])
+@pytest.mark.parametrize("running", [1, 12, 24, 64, 256, 700])
+def test_whatever_kernels_are_compiled_for_was_run_in_the_warm_up(running, tokens):
+    """Attention of decodes is compiled for their places, beside chunks and alone, products for rows and for logits.
+
+    Of every step there can be. (For how many places each kernel is, is a matter of the model's heads.)
+    """
+    runner = Recorder(running, tokens)
+    runner.warm_up(sizes=())
+    shapes, most = Shapes(running, tokens), min(running, tokens)
+    alone = {shapes.of(decodes, 0, decodes) for decodes in range(1, most + 1)}
+    assert alone <= runner.ran
+    beside = {shape.decodes for shape in runner.ran if shape.chunks}
+    rows_of, logits_of = ({kernel_of(shape[place]) for shape in runner.ran} for place in (0, 3))
+    some = {*range(1, 130), *range(159, 530, 32), 160, 512, 513, 514, 600, 699, 700, 701, 1000, tokens}
+    found = set()
+    for decodes in range(min(running - 1, tokens) + 1):
+        for chunks in {1, 2, MOST_CHUNKS, MOST_CHUNKS + 1, running - decodes}:
+            if decodes + chunks <= running:
+                found |= {shapes.of(decodes, chunks, rows) for rows in some if rows >= decodes + chunks}
+    for shape in found:
+        assert shape.decodes in beside, shape
+        assert shape.decodes <= shape.rows, shape
+        if shape.rows <= tokens:  # longer ones only when prompts are not cut
+            assert kernel_of(shape.rows) in rows_of, shape
+            assert kernel_of(shape.logits) in logits_of, shape
+    assert len(beside) < 20
+
+
+@pytest.mark.parametrize("decodes", [0, 1, 17, 63])
+def test_the_largest_steps_fit_the_buffer(decodes):
+    """As many requests as there can be, each new, with all its pages; decodes that need more places than they are."""
+    runner = Recorder(64, 100)
+    held = list(range(MAX_LEN // PAGE_SIZE))
+    params = SamplingParams(top_k=3)
+    requests = [Request(str(n), 9, [0] * 10, params, frozenset(), 0.0, num_computed=10, pages=held) for n in range(64)]
+    chunks = [Chunk(request, 9, 1, True) for request in requests[decodes:]]
+    chunks[-1] = Chunk(requests[-1], 0, 10, True)
+    assert len(runner.launch(Batch(requests[:decodes], chunks))().tokens) == 64
 
 
 def test_ladder_ends_at_the_largest_batch():

@@ -45,6 +45,7 @@ def _num_pages(config: "WorkerConfig", loaded: "Loaded", layout: Layout) -> int:
     torch.cuda.reset_peak_memory_stats(gpu)
     _runner(config, loaded, layout, num_pages=1, device=gpu).warm_up(sizes=())
     taken = torch.cuda.max_memory_allocated(gpu) + _CONTEXT_BYTES
+    taken += 4 * config.engine.max_running * loaded.spec.vocab_size  # logits of the largest graph: graphs were left out
     torch.cuda.empty_cache()
     share = torch.cuda.get_device_properties(gpu).total_memory * config.engine.gpu_memory / config.spec.shares
     num_pages = int(share - taken) // layout.page_bytes

@@ -1,24 +1,27 @@
-"""CUDA graphs of whole steps, in one memory pool, and the shapes that steps are padded to, so that few graphs do.
+"""CUDA graphs of whole steps, in one memory pool, and the shapes that steps are padded to.
 
 A captured graph costs the host one launch instead of hundreds. All graphs share their memory, logits included: what a
-replay leaves is valid until the next one.
+replay leaves is valid until the next one. Steps without a graph are padded, too, in what kernels are compiled for:
+nothing may be left to compile when requests are served.
 """
 
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 _In = TypeVar("_In")
-_ROWS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)  # of steps with chunks; more keep a GPU busy
-_BESIDE = (16, 64)  # decodes beside chunks, below the most there can be
+# Rows of steps with chunks. More keep a GPU busy for longer than its host takes to launch them kernel by kernel, if the
+# model has some billion weights (with 8 billion, 512 rows take 12 ms, launching 8); smaller ones wait for their host.
+_ROWS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+# Places for decodes beside chunks, below the most there can be. Few: attention may need another kernel for each.
+_BESIDE = (16, 64, 256, 512, 1024, 2048, 4096)
 MOST_CHUNKS = 8
-"""Of a step that has a graph; more at once are rare."""
+"""Of a step that has a graph. One with more is launched kernel by kernel, whatever that costs its host."""
 
 
 class Shape(NamedTuple):
@@ -31,49 +34,45 @@ class Shape(NamedTuple):
 
 
 def ladder(largest: int) -> list[int]:
-    """Batch sizes worth a graph: the padding costs at most a step of the matrix products' tiles."""
+    """Batch sizes worth a graph, 1 to `largest`: the padding costs at most a step of the matrix products' tiles."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest, 32)]
     return [size for size in steps if size < largest] + [largest]
 
 
 class Shapes:
-    """Shapes worth a graph, for up to `max_running` requests a step; of those with chunks, up to `max_rows` rows."""
+    """What steps of up to `max_running` requests, up to `max_rows` of them decodes, are padded to.
+
+    Chunks above MOST_CHUNKS, and rows above 512 or `max_rows`, stay as many as they are.
+    """
 
     def __init__(self, max_running: int, max_rows: int) -> None:
         self._max_running = max_running
-        most = min(max_rows, _ROWS[-1])
+        most_rows, most_beside = min(max_rows, _ROWS[-1]), min(max_rows, max_running)
         self._sizes = ladder(max_running)
-        self._rows = [*(rows for rows in _ROWS if rows < most), most]
-        self._beside = [0, *(count for count in _BESIDE if count < max_running), max_running]
+        self._rows = [*(rows for rows in _ROWS if rows < most_rows), most_rows]
+        self._beside = [0, *(count for count in _BESIDE if count < most_beside), most_beside]
 
-    def of(self, decodes: int, chunks: int, rows: int) -> Shape | None:
-        """The smallest that holds a step of so many decodes, chunks, and rows in all. None: it is run as it is."""
+    def of(self, decodes: int, chunks: int, rows: int) -> Shape:
+        """The smallest that holds a step of so many decodes, chunks, and rows in all."""
         if not chunks:
-            return _alone(self._sizes[bisect_left(self._sizes, decodes)])
-        if chunks > MOST_CHUNKS or rows > self._rows[-1]:
-            return None
-        padded = self._rows[bisect_left(self._rows, rows)]
-        return _mixed(padded, self._beside[bisect_left(self._beside, decodes)])
+            size = self._sizes[bisect_left(self._sizes, decodes)]
+            return Shape(rows=size, decodes=size, chunks=0, logits=size)
+        places, chunks = self._beside[bisect_left(self._beside, decodes)], max(chunks, MOST_CHUNKS)
+        if rows <= self._rows[-1]:
+            rows = self._rows[bisect_left(self._rows, rows)]
+            places = min(places, rows)  # a short step stays short
+        rows = max(rows, places)  # attention of decodes writes the row of each place
+        return Shape(rows, places, chunks, min(places + chunks, self._max_running))
 
     def all(self) -> list[Shape]:
-        """All that `of` returns, those that take most memory first."""
-        mixed = [
-            _mixed(rows, beside)
-            for rows in self._rows
-            for fewer, beside in pairwise([-1, *self._beside])
-            if fewer + 2 <= min(rows, self._max_running)  # one decode more, and a chunk, are such a step
-        ]
-        found = [*map(_alone, self._sizes), *mixed]
-        return sorted(found, key=lambda shape: (shape.logits, shape.rows), reverse=True)
+        """Those worth a graph, which take most memory first.
 
-
-def _alone(size: int) -> Shape:
-    return Shape(rows=size, decodes=size, chunks=0, logits=size)
-
-
-def _mixed(rows: int, beside: int) -> Shape:
-    decodes = min(rows, beside)  # attention of decodes writes the row of each place
-    return Shape(rows, decodes, MOST_CHUNKS, decodes + MOST_CHUNKS)
+        Steps that find none have the `decodes` of one of them all the same.
+        """
+        fewest = [0, *(count + 1 for count in self._beside[:-1] if count + 2 <= self._max_running)]  # that need so many
+        mixed = {self.of(count, 1, max(rows, count + 1)) for rows in self._rows for count in fewest}
+        alone = {self.of(size, 0, size) for size in self._sizes}
+        return sorted(alone | mixed, key=lambda shape: (shape.logits, *shape), reverse=True)
 
 
 class _Captured(NamedTuple):

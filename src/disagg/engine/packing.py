@@ -21,7 +21,7 @@ from disagg.engine.staging import Place, Staging
 from disagg.request import Request
 
 BYTES_PER_POSITION = 32  # token, position, slot, source
-BYTES_PER_REQUEST = 160  # all other arrays of a request in a step
+BYTES_PER_REQUEST = 160  # all other arrays of a request in a step, 52, and of a place of padding, 16; rounded up
 BYTES_PER_PAGE = 12  # an entry of the page table and its place
 
 
@@ -29,11 +29,10 @@ class Packed(NamedTuple):
     """Where a step's arrays lie, B sequences with T rows. It depends on the shape alone, so graphs find them again."""
 
     shape: Shape
-    tokens: Place  # int64 [T]; -1: the device alone knows it
     positions: Place  # int64 [T]
     slots: Place  # int64 [T]
     source: Place  # int64 [T], where the tokens lie, in words from the start of the device side
-    rows: Place  # int64 [B], slots of the page table
+    table_rows: Place  # int64 [B], slots of the page table
     context_len: Place  # int32 [B]
     query_start: Place  # int32 [B + 1]
     last: Place  # int64 [shape.logits], rows whose logits are wanted
@@ -55,60 +54,60 @@ class Packer:
         self._slots = slots
         self._page_size = page_size
 
-    def put(self, batch: Batch, rows: np.ndarray, shape: Shape, fresh: Mapping[Request, int]) -> Packed:
+    def put(self, batch: Batch, table_rows: np.ndarray, shape: Shape, fresh: Mapping[Request, int]) -> Packed:
         """The arrays of the positions, padded to `shape`.
 
-        `rows`: the requests' slots, decodes first. `fresh`: where the tokens lie that the host does not know yet.
+        `table_rows` int64 [decodes + chunks of the batch]: slots of its requests. `fresh`: where tokens lie that the
+        host does not know yet, in words from the start of the device side.
         """
         count, num_sequences = len(batch.decodes), shape.decodes + shape.chunks
         tokens, positions = np.zeros(shape.rows, np.int64), np.zeros(shape.rows, np.int64)
         slots = np.full(shape.rows, -1, np.int64)
-        table_rows, context_len = np.zeros(num_sequences, np.int64), np.zeros(num_sequences, np.int32)
+        of_sequence, context_len = np.zeros(num_sequences, np.int64), np.zeros(num_sequences, np.int32)
         query_start = np.arange(num_sequences + 1, dtype=np.int32)
         if count:
             positions[:count] = at = np.array([request.num_computed - 1 for request in batch.decodes], np.int64)
             known = zip(batch.decodes, at.tolist(), strict=True)
             tokens[:count] = [r.tokens[p] if p < len(r.tokens) else -1 for r, p in known]
-            slots[:count] = self._places(rows[:count], at)
-            table_rows[:count], context_len[:count] = rows[:count], at + 1
+            slots[:count] = self._places(table_rows[:count], at)
+            of_sequence[:count], context_len[:count] = table_rows[:count], at + 1
         last = np.zeros(shape.logits, np.int64)  # of padding: row 0, which is somebody's
         last[:count] = np.arange(count)
         if shape.chunks:
             query_start[count:] = count
         row, sampled = count, count
         for index, (request, start, length, samples) in enumerate(batch.chunks):
-            end, sequence, slot = row + length, shape.decodes + index, rows[count + index]
+            end, sequence, table_row = row + length, shape.decodes + index, table_rows[count + index]
             tokens[row:end] = request.tokens[start : start + length]
             positions[row:end] = at = np.arange(start, start + length)
-            slots[row:end] = self._places(slot, at)
-            table_rows[sequence], context_len[sequence] = slot, start + length
+            slots[row:end] = self._places(table_row, at)
+            of_sequence[sequence], context_len[sequence] = table_row, start + length
             query_start[sequence + 1 :] = end
             if samples:
                 last[sampled] = end - 1
                 sampled += 1
             row = end
         put = self._staging.put
-        first = put(tokens)
-        source = np.arange(shape.rows) + first.at // tokens.itemsize
+        source = np.arange(shape.rows) + put(tokens).at // tokens.itemsize
         unknown = np.flatnonzero(tokens[:count] < 0)
         if unknown.size:
             source[unknown] = [fresh[batch.decodes[index]] for index in unknown.tolist()]
-        rest = [put(array) for array in (positions, slots, source, table_rows, context_len, query_start, last)]
-        return Packed(shape, first, *rest)
+        arrays = (positions, slots, source, of_sequence, context_len, query_start, last)
+        return Packed(shape, *[put(array) for array in arrays])
 
-    def put_choice(self, batch: Batch, rows: np.ndarray) -> Choosing:
-        """The arrays of a Choice. `rows`: as above."""
+    def put_choice(self, batch: Batch, table_rows: np.ndarray) -> Choosing:
+        """The arrays of a Choice, [S] of the requests that sample. `table_rows` int64 [decodes + chunks]: as above."""
         sampling, known = batch.sampling(), self._slots
         wanted = [True] * len(batch.decodes) + [chunk.samples for chunk in batch.chunks]
-        mine = rows[wanted] if batch.chunks else rows
+        mine = table_rows[wanted] if batch.chunks else table_rows
         indices = np.array([request.num_computed - request.prompt_len for request in sampling], np.int64)
         top_k, top_p, min_p = known.top_k[mine], known.top_p[mine], known.min_p[mine]
         arrays = (known.temperature[mine], draw.uniforms(known.seed[mine], indices), top_k, top_p, min_p)
         filtered = bool(top_k.any() or (top_p < 1).any() or min_p.any())
         return Choosing([self._staging.put(array) for array in arrays], filtered, bool(known.adjusts[mine].any()))
 
-    def _places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Where keys and values of positions are written; `slots`: one of the table for each, or one for all."""
+    def _places(self, table_rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Slots int64 [N] of positions int64 [N]; `table_rows`: one for each, or one for all."""
         size = self._page_size
-        found: np.ndarray = self._slots.pages[slots, positions // size] * np.int64(size) + positions % size
+        found: np.ndarray = self._slots.pages[table_rows, positions // size] * np.int64(size) + positions % size
         return found

@@ -6,7 +6,8 @@
 `ids` holds the tokens of the last step, then the arrays of this one. A request whose last token the host does not know
 yet takes it from the first part: `source` says where each row's token lies. Steps of decodes, and those with a few
 short chunks, are padded to the next shape that has a graph; kernel by kernel they would take the host longer than the
-device. Everything is one stream, so a step starts when the one before has ended, and not before.
+device. Of the others, only what kernels are compiled for is padded. Everything is one stream, so a step starts when the
+one before has ended, and not before.
 
 On a CPU the same code runs without padding and without graphs, for tests.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from disagg.cache.storage import KVStorage
 from disagg.engine import draw as plain
 from disagg.engine.batch import Batch, Chunk, Output, TokenLogprobs
-from disagg.engine.graphs import MOST_CHUNKS, Graphs, Shape, Shapes, ladder
+from disagg.engine.graphs import MOST_CHUNKS, Graphs, Shape, Shapes
 from disagg.engine.packing import BYTES_PER_PAGE, BYTES_PER_POSITION, BYTES_PER_REQUEST, Choosing, Packed, Packer
 from disagg.engine.sampler import adjust
 from disagg.engine.slots import Slots
@@ -30,7 +31,7 @@ from disagg.model.load import Loaded
 from disagg.model.ops import Step
 from disagg.request import Request, SamplingParams
 
-_SIZES = (24, 48, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560, 3584, 5120, 7168)  # rows of a warm-up
+_SIZES = (640, 896, 1280, 1792, 2560, 3584, 5120, 7168, 10240, 14336)  # rows of a warm-up: more than are padded
 
 
 class _Returning(NamedTuple):
@@ -91,17 +92,18 @@ class CudaRunner:
     def _shape(self, batch: Batch) -> Shape:
         """What the batch is run as, whether there is a graph for it or not: the same bits with and without."""
         decodes, chunks, rows = len(batch.decodes), len(batch.chunks), batch.num_tokens
-        padded = self._shapes.of(decodes, chunks, rows) if self._shapes else None
-        return padded or Shape(rows, decodes, chunks, decodes + sum(chunk.samples for chunk in batch.chunks))
+        if self._shapes:
+            return self._shapes.of(decodes, chunks, rows)
+        return Shape(rows, decodes, chunks, decodes + sum(chunk.samples for chunk in batch.chunks))
 
     @torch.inference_mode()
     def _launch(self, batch: Batch, shape: Shape) -> Callable[[], Output]:
-        """An empty batch computes nothing, in any shape."""
+        """An empty batch, in any shape, is a whole forward pass of padding: it writes nothing and yields no token."""
         sampling = batch.sampling()
         self._staging.begin()
-        rows = self._slots.assign([*batch.decodes, *(chunk.request for chunk in batch.chunks)])
-        packed = self._packer.put(batch, rows, shape, self._row)
-        choosing = self._packer.put_choice(batch, rows)
+        table_rows = self._slots.assign([*batch.decodes, *(chunk.request for chunk in batch.chunks)])
+        packed = self._packer.put(batch, table_rows, shape, self._row)
+        choosing = self._packer.put_choice(batch, table_rows)
         changed = self._slots.changes()
         places = None if changed is None else [self._staging.put(array) for array in changed]
         self._staging.send()
@@ -128,7 +130,7 @@ class CudaRunner:
             slots=view(packed.slots),
             query_start=view(packed.query_start),
             context_len=view(packed.context_len),
-            page_table=self._table.index_select(0, view(packed.rows)),
+            page_table=self._table.index_select(0, view(packed.table_rows)),
             last=view(packed.last) if packed.shape.chunks else None,
             max_query_len=0 if packed.shape.chunks else 1,
             max_context_len=self._max_len,
@@ -176,7 +178,7 @@ class CudaRunner:
         ]
         self.launch(Batch(chunks=[Chunk(request, 0, length, True) for request in requests[:count]]))()
         if self._shapes:
-            self._run_shapes(self._shapes.all(), sizes, length)
+            self._run_shapes(self._shapes, sizes)
         for request in requests:
             request.tokens.append(0)
             request.num_computed = length + 1
@@ -185,21 +187,23 @@ class CudaRunner:
             self.launch(Batch(requests[kind : kind + 1], [Chunk(requests[kind - 1], 0, 1, False)]))()
         self._row.clear()
 
-    def _run_shapes(self, padded: list[Shape], sizes: Sequence[int] | None, longest: int) -> None:
+    def _run_shapes(self, shapes: Shapes, sizes: Sequence[int] | None) -> None:
         """Steps of nobody: whatever kernel a shape needs is compiled, or loaded by the library of products.
 
-        Steps that are not padded come in all sizes: the library's kernels are each for some numbers of rows, those of
-        attention beside chunks for some numbers of decodes.
+        Rows that are not padded come in all numbers; that library's kernels are for some of them each.
         """
-        long = [Shape(rows, 0, 1, 1) for rows in _SIZES if rows <= longest]
-        beside = [Shape(count + 2, count, 1, count) for count in ladder(self._max_running - 1)]
-        for shape in (*long, *beside):
-            self._launch(Batch(), shape)()
-        for shape in padded:
+        for rows in _SIZES:
+            if rows <= self._max_batch_tokens:
+                self._launch(Batch(), shapes.of(0, 1, rows))()
+        for shape in shapes.all():
             if sizes is None or shape.rows in sizes:
                 self._capture(shape)
             else:
                 self._launch(Batch(), shape)()
+        most = min(self._max_running, self._max_batch_tokens)
+        # The largest step, without a graph. Last, because a capture begins by giving back all memory that torch keeps
+        # for later: the first long prompt would have to wait for cudaMalloc.
+        self._launch(Batch(), shapes.of(most, MOST_CHUNKS + 1, self._max_batch_tokens))()
 
     @torch.inference_mode()
     def _capture(self, shape: Shape) -> None:
