@@ -20,6 +20,7 @@ _In = TypeVar("_In")
 _ROWS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 # Places for decodes beside chunks, below the most there can be. Few: attention may need another kernel for each.
 _BESIDE = (16, 64, 256, 512, 1024, 2048, 4096)
+MOST_ROWS = _ROWS[-1]
 MOST_CHUNKS = 8
 """Of a step that has a graph. One with more is launched kernel by kernel, whatever that costs its host."""
 
@@ -47,7 +48,7 @@ class Shapes:
 
     def __init__(self, max_running: int, max_rows: int) -> None:
         self._max_running = max_running
-        most_rows, most_beside = min(max_rows, _ROWS[-1]), min(max_rows, max_running)
+        most_rows, most_beside = min(max_rows, MOST_ROWS), min(max_rows, max_running)
         self._sizes = ladder(max_running)
         self._rows = [*(rows for rows in _ROWS if rows < most_rows), most_rows]
         self._beside = [0, *(count for count in _BESIDE if count < most_beside), most_beside]

@@ -22,7 +22,7 @@ from torch import Tensor
 from disagg.cache.storage import KVStorage
 from disagg.engine import draw as plain
 from disagg.engine.batch import Batch, Chunk, Output, TokenLogprobs
-from disagg.engine.graphs import MOST_CHUNKS, Graphs, Shape, Shapes
+from disagg.engine.graphs import MOST_CHUNKS, MOST_ROWS, Graphs, Shape, Shapes
 from disagg.engine.packing import BYTES_PER_PAGE, BYTES_PER_POSITION, BYTES_PER_REQUEST, Choosing, Packed, Packer
 from disagg.engine.sampler import adjust
 from disagg.engine.slots import Slots
@@ -31,7 +31,7 @@ from disagg.model.load import Loaded
 from disagg.model.ops import Step
 from disagg.request import Request, SamplingParams
 
-_SIZES = (640, 896, 1280, 1792, 2560, 3584, 5120, 7168, 10240, 14336)  # rows of a warm-up: more than are padded
+_EVERY = 256  # rows from one step of a warm-up to the next, beyond those that are padded
 
 
 class _Returning(NamedTuple):
@@ -192,9 +192,8 @@ class CudaRunner:
 
         Rows that are not padded come in all numbers; that library's kernels are for some of them each.
         """
-        for rows in _SIZES:
-            if rows <= self._max_batch_tokens:
-                self._launch(Batch(), shapes.of(0, 1, rows))()
+        for rows in range(MOST_ROWS + _EVERY // 2, self._max_batch_tokens, _EVERY):
+            self._launch(Batch(), shapes.of(0, 1, rows))()
         for shape in shapes.all():
             if sizes is None or shape.rows in sizes:
                 self._capture(shape)
