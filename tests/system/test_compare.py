@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from disagg.cli.main import run
-from disagg.measure.run import RECORDS, RUN, WORKLOADS
+from disagg.measure.run import RECORDS, RUN, WORKLOADS, read_run, write_run
 from disagg.record import read_records
 
 SMALL = ("--requests", "3", "--repeats", "2", "--rate", "8", "--duration", "1.5", "--no-tune", "--kv-memory", "0.1")
@@ -112,9 +112,21 @@ def test_report_rebuilds(result, tmp_path):
     for name in (RECORDS, RUN):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     done = _run("report", str(tmp_path), "--lang", "zh", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (1 if summary["overall"]["key"] == "overall_void" else 0), done.stderr
     assert json.loads(done.stdout) == summary
     assert "分离" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_report_of_a_run_that_was_cut_off_ends_as_compare_does(result, tmp_path, capsys):
+    """Void: exit code 1, and the page is written all the same."""
+    folder, _ = result
+    (tmp_path / RECORDS).write_bytes((folder / RECORDS).read_bytes())
+    cut = read_run(folder)
+    cut.complete = False
+    write_run(tmp_path, cut)
+    assert run(["report", str(tmp_path)]) == 1
+    assert "VOID: The run was cut off" in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from disagg.cli.chaos import _table
 from disagg.clock import ManualClock
 from disagg.errors import InvariantError
-from disagg.measure.chaos import Chaos, Plan
+from disagg.measure.chaos import Chaos, Outcome, Plan
 from disagg.record import Record
 
 
@@ -57,3 +58,11 @@ def test_books_are_checked_under_load():
     assert run.outcome.audits == 1
     with pytest.raises(InvariantError, match=r"P0\.0 are wrong: page 3"):
         run._audit(101.1)
+
+
+def test_faults_have_a_row_of_their_own():
+    """Retries are requests, faults are not: neither explains the other's number."""
+    what, count, remark = _table(Outcome(retried=262, faults={"kill": 6, "stop": 7}, restarts=5), 1000).columns
+    rows = dict(zip(what.cells, zip(count.cells, remark.cells, strict=True), strict=True))
+    assert rows["faults"] == ("13", "6 kill, 7 stop; restarts: 5")
+    assert rows["retried"] == ("262", "needed another attempt, however they ended")

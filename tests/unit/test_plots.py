@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fontTools.ttLib import TTFont
+from matplotlib.patches import Rectangle
 from synthetic import one_at_a_time, simulate, under_load
 
 from disagg.config import SLO
 from disagg.measure import plots_scene
 from disagg.measure.plots import FIGURES, draw_all
-from disagg.measure.plots_load import across_repeats
+from disagg.measure.plots_load import _rate_keys, across_repeats
 from disagg.measure.plots_scene import PARTS, Scene, arm_colours
-from disagg.measure.plots_timeline import find_stretch, worst_gap
+from disagg.measure.plots_timeline import _FRAME, Stretch, draw_timeline, find_stretch, longest_wait, worst_gap
 from disagg.measure.words import ZH, Words
 from disagg.record import Record, Span
 
@@ -97,20 +98,53 @@ def test_worst_gap_is_the_one_with_the_most_prefill_in_it() -> None:
 
 def test_stretch_holds_the_gap_of_the_colocated_arm() -> None:
     """The figure shows the gap with room on both sides, in a run of the colocated arm."""
-    found = find_stretch(scene(under_load(["1P1D", "2C"], [8.0, 16.0], 2, 60)))
+    shown = scene(under_load(["1P1D", "2C"], [8.0, 16.0], 2, 60))
+    found = find_stretch(shown)
     assert found is not None
-    assert found.gap is not None
-    assert found.gap.worker.startswith("C")
-    assert found.start_s <= found.gap.start_s < found.gap.end_s <= found.end_s
-    assert found.end_s - found.start_s >= 3 * (found.gap.end_s - found.gap.start_s)
+    gap = worst_gap([record for record in shown.concurrent("2C", found.rate) if record.repeat == found.repeat])
+    assert gap is not None
+    assert found.start_s <= gap.start_s < gap.end_s <= found.end_s
+    assert found.end_s - found.start_s >= 3 * (gap.end_s - gap.start_s)
+
+
+def test_what_is_framed_is_the_longest_wait_of_one_request() -> None:
+    """A wider hole between two requests is no wait; one that reaches into the stretch counts whole; the first does not.
+
+    Every arm has a frame of its own, so none says less than another lane shows.
+    """
+    first = Record(request_id="a", index=0, prompt_len=9, decode_worker="C0.0", scheduled_at=10.0)
+    first.token_at = [10.0, 10.9, 11.0, 11.2]
+    second = Record(request_id="b", index=1, prompt_len=9, decode_worker="C1.2", scheduled_at=10.0)
+    second.token_at = [11.9, 12.0, 12.3]
+    wait = longest_wait([first, second], Stretch(8.0, 0, 0.5, 2.1))
+    assert wait is not None
+    assert (wait.start_s, wait.end_s) == pytest.approx((2.0, 2.3))
+    assert wait.lane == "C1"
+    assert longest_wait([first, second], Stretch(8.0, 0, 1.3, 1.9)) is None
+
+
+def test_every_arm_has_its_frame() -> None:
+    """As many frames as arms, and the width of each is the number in its arm's title."""
+    figure = draw_timeline(scene(under_load(["1C", "2C", "1P1D"], [16.0], 1, 60)))
+    assert figure is not None
+    for axes in figure.axes:
+        (frame,) = [patch for patch in axes.patches if patch.get_linewidth() == _FRAME["linewidth"]]
+        assert isinstance(frame, Rectangle)
+        assert f"up to {1e3 * frame.get_width():,.0f} ms" in axes.get_title()
 
 
 def test_stretch_without_a_colocated_arm_is_somewhere_in_the_run() -> None:
     """With nothing to frame, the window is still a part of the run."""
     found = find_stretch(scene(under_load(["1P1D"], [8.0], 1, 20)))
     assert found is not None
-    assert found.gap is None
     assert found.end_s > found.start_s >= 0
+
+
+@pytest.mark.parametrize(("rates", "lines"), [([8.0], {"None"}), ([8.0, 16.0], {"-", "--"})])
+def test_the_legend_shows_no_lines_that_one_rate_does_not_have(rates: list[float], lines: set[str]) -> None:
+    """A single rate has points only."""
+    shown = scene(under_load(["2C", "1P1D"], rates, 1, 20))
+    assert {key.get_linestyle() for key in _rate_keys(shown) if key.get_label() in ("p50", "p99")} == lines
 
 
 def test_interval_is_over_repeats_not_requests() -> None:
@@ -124,7 +158,7 @@ def test_interval_is_over_repeats_not_requests() -> None:
 
 def test_the_font_has_every_character_of_the_figures() -> None:
     """A fresh machine has no Chinese font, so ours must hold all that words.py can put into a figure."""
-    glyphs = TTFont(plots_scene._FONT).getBestCmap()
+    glyphs = TTFont(plots_scene.FONT).getBestCmap()
     used = set("".join(text for key, text in ZH.items() if key.startswith(("part.", "plot.", "axis."))))
     assert {character for character in used if ord(character) not in glyphs} == set()
 

@@ -1,5 +1,7 @@
 """The report: one file that says what summary.json says, in either language."""
 
+import base64
+import io
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -7,11 +9,12 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
+from fontTools.ttLib import TTFont
 from synthetic import one_at_a_time, results, under_load
 
 from disagg.errors import InputError
-from disagg.measure import plots, report
-from disagg.measure.plots_scene import STYLE
+from disagg.measure import plots, report, sentences
+from disagg.measure.plots_scene import FONT, STYLE
 from disagg.measure.words import EN, ZH
 
 ARMS = ["2C", "1P1D"]
@@ -82,6 +85,26 @@ def test_chinese_pages_have_no_english_left(folder: Path) -> None:
     """Between Chinese words only the field's own terms, names and numbers may stand in Latin letters."""
     text = visible(page(folder, "zh"))
     assert foreign(re.sub(r"2026\S+|cpu:[\d,]+|\bseed\b", " ", text)) == set()
+
+
+def test_chinese_pages_bring_their_characters(folder: Path, english: str) -> None:
+    """A machine without a Chinese font shows them; the page grows by less than 200 KB, and English ones by nothing."""
+    html = page(folder, "zh")
+    (encoded,) = re.findall(r"@font-face \{[^}]*url\(data:font/woff;base64,([^)]+)\)", html)
+    glyphs = TTFont(io.BytesIO(base64.b64decode(encoded))).getBestCmap()
+    missing = {character for character in html if not character.isascii() and ord(character) not in glyphs}
+    assert missing <= {"–"}  # a dash for no value, which every font has
+    assert '"Report Chinese", system-ui' in html  # behind system-ui Chromium leaves boxes
+    assert len(encoded) < 200_000
+    assert "Report Chinese" not in english
+
+
+def test_the_font_has_every_character_that_a_chinese_page_may_say() -> None:
+    """Also the sentences that this folder's page has no use for."""
+    glyphs = TTFont(FONT).getBestCmap()
+    tables = (ZH, sentences.SENTENCES["zh"], sentences._VERDICT["zh"], sentences._METRIC["zh"])
+    said = set("".join(text for table in tables for text in table.values()))
+    assert {character for character in said if ord(character) not in glyphs} == set()
 
 
 def test_both_tables_have_the_same_keys_and_blanks() -> None:

@@ -1,4 +1,5 @@
 import io
+import re
 
 import msgspec
 import pytest
@@ -124,13 +125,17 @@ def test_everything_is_rebuilt_from_the_folder(tmp_path):
         read_summary(tmp_path / "nowhere")
 
 
+def _printed(summary, folder, lang):
+    console = Console(record=True, width=160, file=io.StringIO())
+    show(summary, folder, console, lang)
+    return console.export_text()
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_it_can_be_printed(tmp_path, lang):
     """The tables hold the published figures beside ours and end with verdict and folder, in both languages."""
     _, summary, _ = _compare(tmp_path)
-    console = Console(record=True, width=160, file=io.StringIO())
-    show(summary, tmp_path, console, lang)
-    text = console.export_text()
+    text = _printed(summary, tmp_path, lang)
     for expected in ("182.3", "156.7", "58.2", "124.1", "12.3", "-14.04%", "1P1D", str(tmp_path)):
         assert expected in text
 
@@ -140,9 +145,7 @@ def test_figures_of_others_stand_beside_their_own_workload_only(tmp_path, lang):
     """Other lengths, other numbers: nothing published is printed or on the page."""
     other = msgspec.structs.replace(QUICK, shape=Shape(Lengths("fixed", 50), Lengths("fixed", 10)))
     _, summary, _ = _compare(tmp_path, other)
-    console = Console(record=True, width=160, file=io.StringIO())
-    show(summary, tmp_path, console, lang)
-    text = console.export_text() + render(summary, {}, Words(lang))
+    text = _printed(summary, tmp_path, lang) + render(summary, {}, Words(lang))
     for published in ("182.3", "156.7", "14.04", "ublished", "已发表"):
         assert published not in text
 
@@ -238,6 +241,27 @@ def test_latency_is_compared_over_what_both_completed():
     summary = summarize(records, _run())
     assert summary["sequential"]["relative_difference"]["estimate"] == pytest.approx(0)
     assert summary["sequential"]["arms"]["2C"]["total_s"]["mean"] == 5.0
+
+
+def test_more_than_the_hand_off_is_not_called_worse():
+    """One at a time 14 % more and no hand-off to show for it: the verdict says so; with half of it, it is worse."""
+    records = [
+        _record(arm, repeat, seconds + repeat / 1000)
+        for repeat in range(3)
+        for arm, seconds in (("2C", 1.0), ("1P1D", 1.14))
+    ]
+    verdict = summarize(records, _run())["sequential"]["verdict"]
+    assert (verdict["kind"], verdict["handoff"]) == ("unexplained", 0.0)
+    assert verdict["sentence"].startswith("Not explained by the split")
+
+
+def test_counts_are_in_the_right_number(tmp_path):
+    """1 repeat, not 1 repeats; workers are named as in the figures."""
+    _, summary, _ = _compare(tmp_path, msgspec.structs.replace(QUICK, repeats=1))
+    text = _printed(summary, tmp_path, "en")
+    assert "5 requests, 1 repeat;" in text
+    assert re.search(r"P0 \d+ \+ \d+ %", text)
+    assert "P0.0" not in text
 
 
 def test_an_interrupted_run_is_void():

@@ -5,7 +5,7 @@ import pytest
 from disagg.measure import sentences
 from disagg.measure.sentences import say, sentence
 from disagg.measure.stats import Interval
-from disagg.measure.verdict import METRICS, judge
+from disagg.measure.verdict import METRICS, explain, judge
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,38 @@ def test_goodput_is_in_points():
     assert sentence(verdict) == (
         "1P1D is worse than 2C: goodput -12.0 points (95 % interval -20.0 points to -4.0 points, 5 paired repeats)."
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "handoff", "kind"),
+    [
+        (0.011, 0.283, 0.010, "unexplained"),  # +14.7 %, of which +1.0 %
+        (0.09, 0.11, 0.049, "unexplained"),  # just less than half
+        (0.09, 0.11, 0.051, "worse"),  # just more
+        (0.09, 0.11, 0.3, "worse"),  # the rest is a gain: the split costs no less for it
+        (-0.11, -0.09, 0.01, "unexplained"),  # a hand-off makes nothing faster
+        (-0.01, 0.11, 0.01, "open"),
+        (-0.01, 0.02, 0.01, "equal"),
+    ],
+)
+def test_what_the_hand_off_does_not_explain(low, high, handoff, kind):
+    """One at a time: a resolved difference of which the hand-off is less than half is neither better nor worse."""
+    verdict = judge("e2e_s", "2C", "1P1D", Interval((low + high) / 2, low, high, 3, 0.05))
+    assert explain(verdict, handoff).kind == kind
+
+
+def test_unexplained_says_how_much_the_hand_off_accounts_for():
+    """And that the rest is not the split's, in both languages; it is not called worse."""
+    verdict = explain(judge("e2e_s", "2C", "1P1D", Interval(0.139, 0.011, 0.283, 3, 0.05)), 0.0101)
+    assert sentence(verdict) == (
+        "Not explained by the split: mean end-to-end latency of 1P1D against 2C +13.9 % (95 % interval +1.1 % to "
+        "+28.3 %, 3 paired repeats), of which the hand-off accounts for +1.0 %. The rest is noise of the machine or "
+        "another cause."
+    )
+    chinese = sentence(verdict, "zh")
+    assert "无法用分离解释" in chinese
+    assert "KV 传输只占 +1.0 %" in chinese
+    assert "劣于" not in chinese
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -80,12 +80,13 @@ def _table(outcome: "Outcome", requests: int) -> Table:
     must = {True: "as it must be", False: "[red]must be 0[/red]"}
     rows = (
         ("completed", outcome.completed, ""),
-        ("retried", outcome.retried, f"{faults}; {outcome.restarts} restarts"),
+        ("retried", outcome.retried, "needed another attempt, however they ended"),
         ("failed", outcome.failed, "with a clear error"),
         ("aborted", outcome.aborted, "by their clients"),
         ("hung", outcome.hung, must[outcome.hung == 0]),
         ("leaked", outcome.leaked, "pages; " + must[outcome.leaked == 0]),
         ("different", outcome.different, must[outcome.different == 0]),
+        ("faults", sum(outcome.faults.values()), f"{faults}; restarts: {outcome.restarts}"),
     )
     for what, count, remark in rows:
         table.add_row(what, str(count), remark)

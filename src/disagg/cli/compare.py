@@ -105,7 +105,7 @@ workload_options = _options(
     epilog="""\b
 Examples:
   disagg compare                                     the whole comparison, under five minutes
-  disagg compare --quick                             a first look, under one
+  disagg compare --quick                             a first look, about a minute
   disagg compare --arms 1C,2C,1P1D                   against the better of two colocated arms
   disagg compare --prompt-len 512 --output-len 64 --slo ttft=500ms,tpot=50ms
   disagg compare --model smollm2 --trace AzureLLMInferenceTrace_conv.csv --length-scale 0.1
@@ -131,7 +131,7 @@ Examples:
 @click.option("--duration", type=float, help="Seconds of arrivals per block (default: what five minutes allow).")
 @click.option("--slo", help="Limits of a good request, as in ttft=200ms,tpot=50ms (default: from unloaded latency).")
 @click.option("--no-tune", is_flag=True, help="Do not search the colocated arm's chunk size.")
-@click.option("--quick", is_flag=True, help="Fewer rates, repeats and no search: within a minute.")
+@click.option("--quick", is_flag=True, help="Fewer rates, repeats and no search: about a minute.")
 @click.option("--allow-unequal", is_flag=True, help="Compare arms that differ in more than their roles.")
 @workload_options
 @engine_options

@@ -23,7 +23,10 @@ Examples:
 @click.option("--lang", type=click.Choice(["en", "zh"]), help="Language of report and figures (default: the run's).")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of tables.")
 def report(folder: Path, lang: Literal["en", "zh"] | None, as_json: bool) -> None:
-    """Rebuild summary.json, figures and report.html of FOLDER from records.jsonl and run.json."""
+    """Rebuild summary.json, figures and report.html of FOLDER from records.jsonl and run.json.
+
+    Exit code 1 where the run is void, as of compare.
+    """
     from disagg.measure.report import build  # draws: slow to import
 
     chosen = lang or read_run(folder).settings.lang
@@ -32,3 +35,5 @@ def report(folder: Path, lang: Literal["en", "zh"] | None, as_json: bool) -> Non
         click.echo(json.dumps(summary))
     else:
         show(summary, folder, Console(), chosen)
+    if summary["overall"]["key"] == "overall_void":
+        raise click.exceptions.Exit(1)

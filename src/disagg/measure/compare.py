@@ -74,6 +74,7 @@ def compare(run: Run, folder: Path, start: Start, clock: Clock, progress: Progre
         comparison = _Comparison(run, folder, start, clock, progress)
         stack.callback(comparison.close)
         comparison.measure()
+    run.took_s = clock.now() - comparison.begun_at
     run.complete = True
     write_run(folder, run)
     summary = summarize(comparison.records, run)
@@ -131,7 +132,6 @@ class _Comparison:
         self._choose_rates(closing_s)
         self._concurrent(source, closing_s)
         self._sequential(alone, range(num_first, self.settings.repeats))
-        self.run.took_s = self.clock.now() - self.begun_at
 
     @property
     def settings(self) -> Settings:

@@ -156,6 +156,11 @@ def utilisation(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     return {name: {kind: value / seconds for kind, value in kinds.items()} for name, kinds in sorted(busy.items())}
 
 
+def lane_of(worker: str) -> str:
+    """A worker's name as people are shown it: without the epoch, so that a restarted one keeps its place."""
+    return worker.partition(".")[0]
+
+
 def handoff_rate(records: Iterable[Record]) -> float | None:
     """Bytes/s while copying: sum of hand-off bytes / sum of copying time. None without a hand-off."""
     pairs = [(record.handoff_bytes, record.handoff_busy_s) for record in records]

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from disagg.measure import metrics
 from disagg.measure.plots_scene import GREY, PARTS, WIDTH, Scene, legend_above, log_ms
@@ -17,6 +18,7 @@ from disagg.record import TTFT_PARTS, Record
 SECOND_TOKEN = ("handoff_wait", "handoff_copy", "admission")
 _LINES: dict[str, Any] = {"p50": "-", "p99": "--", "": "-"}
 _MARKERS = {"p50": "o", "p99": "s", "": "o"}
+_NUDGES = {"p50": -0.175, "p99": 0.175, "": 0.0}
 Measure = Callable[[Sequence[Record]], float | None]
 
 
@@ -84,11 +86,11 @@ def _span(scene: Scene) -> float:
 
 
 def _rate_keys(scene: Scene) -> list[Line2D]:
+    """What the figure's legend explains; a single rate has no lines."""
     keys = [Line2D([], [], color=scene.colours[arm], linewidth=3, label=arm) for arm in scene.arms]
-    keys += [
-        Line2D([], [], color=GREY, linestyle=_LINES[name], marker=_MARKERS[name], markersize=4, label=name)
-        for name in ("p50", "p99")
-    ]
+    for name in ("p50", "p99"):
+        line: Any = _LINES[name] if len(scene.rates) > 1 else "none"
+        keys.append(Line2D([], [], color=GREY, linestyle=line, marker=_MARKERS[name], markersize=4, label=name))
     if scene.slo.ttft_s is not None or scene.slo.tpot_s is not None:
         keys.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label=scene.words("plot.slo")))
     return keys
@@ -111,9 +113,10 @@ def _percentile_ms(metric: str, percentile: str) -> Measure:
 
 def _curves(scene: Scene, axes: Axes, measure: Measure, name: str) -> None:
     """A curve per arm: the mean of `measure` over repeats at each rate, a bar for its interval."""
-    width = 0.016 * _span(scene)  # apart, so that bars do not cover each other
+    # Apart, so that bars do not cover each other; a single rate leaves room for more.
+    width = (0.016 if len(scene.rates) > 1 else 0.12 / len(scene.arms)) * _span(scene)
     for place, arm in enumerate(scene.arms):
-        nudge = width * (place - (len(scene.arms) - 1) / 2 + (0.35 if name == "p99" else 0.0))
+        nudge = width * (place - (len(scene.arms) - 1) / 2 + _NUDGES[name])
         found = [(rate, across_repeats(scene.concurrent(arm, rate), measure)) for rate in scene.rates]
         kept = [(rate, mean) for rate, mean in found if mean is not None]
         if not kept:
@@ -168,10 +171,10 @@ def draw_waits(scene: Scene) -> Figure | None:
     first.invert_yaxis()
     first.tick_params(axis="y", length=0)
     second.tick_params(axis="y", length=0)
-    sides: Any = ("outside lower left", "outside lower right")
-    for axes, side, columns in zip((first, second), sides, (3, 2), strict=True):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc=side, ncols=columns, handlelength=1.2, fontsize=9)
+    for axes, columns in ((first, 3), (second, 2)):  # beneath their panels, both 38 points below the axis
+        below = axes.transAxes + ScaledTranslation(0, -38 / 72, figure.dpi_scale_trans)
+        look: Any = {"borderaxespad": 0, "handlelength": 1.2, "columnspacing": 1.2, "fontsize": 9}
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=columns, **look)
     first.set(title=words("plot.first_token"), xlabel=words("axis.mean_ms"))
     second.set(title=words("plot.second_token"), xlabel=words("axis.mean_ms"))
     if second.get_xlim()[1] < 1e-6 or not any(bar.get_width() for bar in second.patches):

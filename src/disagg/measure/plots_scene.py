@@ -25,9 +25,9 @@ PARTS = {
     "decode": "#44AA99",
     "handoff": "#B8A63D",
     "client": "#D9D9D9",
-    "router": "#BDBDBD",
+    "router": "#332288",
     "queue": "#88B3C9",
-    "reply": "#969696",
+    "reply": "#117733",
     "handoff_wait": "#DDCC77",
     "handoff_copy": "#B8A63D",
     "admission": "#7A6A1E",
@@ -36,11 +36,11 @@ GREY = "#666666"
 WIDTH = 8.0  # inches; every figure fills the same column of the report
 DPI = 200  # twice what the page shows, for sharp print and screens
 
-_FONT = Path(__file__).parent / "fonts" / "NotoSansSC-subset.otf"  # Latin and the 3,755 everyday Chinese characters
-font_manager.fontManager.addfont(_FONT)
+FONT = Path(__file__).parent / "fonts" / "NotoSansSC-subset.otf"  # Latin and the 3,755 everyday Chinese characters
+font_manager.fontManager.addfont(FONT)
 
 STYLE: dict[Any, Any] = {
-    "font.family": [font_manager.FontProperties(fname=_FONT).get_name(), "DejaVu Sans"],
+    "font.family": [font_manager.FontProperties(fname=FONT).get_name(), "DejaVu Sans"],
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",

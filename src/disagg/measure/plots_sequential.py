@@ -33,13 +33,14 @@ def draw_sequential(scene: Scene) -> Figure | None:
 
     for place, (arm, rows) in enumerate(arms.items()):
         index, prompt, output, total = (np.array(column) for column in zip(*rows, strict=True))
-        size = max(3.5, 6.5 - 1.5 * place)  # the arms nearly coincide here: the first ones look out from below
+        size = max(4.5, 8.5 - 1.25 * place)  # the arms nearly coincide here: the first ones look out from below
         marker = _MARKERS[place % len(_MARKERS)]
-        look: dict[str, Any] = {"color": scene.colours[arm], "marker": marker, "markersize": size, "markeredgewidth": 0}
+        look: dict[str, Any] = {"color": scene.colours[arm], "marker": marker, "markersize": size}
+        look |= {"markeredgecolor": "white", "markeredgewidth": 0.6}
         per_request.plot(index + 1, total * 1e3, label=arm, linewidth=1.2, **look)
         cumulative.plot(index + 1, np.cumsum(total), **look)
         for axes, length in ((over_prompt, prompt), (over_output, output)):
-            axes.plot(length, total * 1e3, linestyle="none", alpha=0.75, **look)
+            axes.plot(length, total * 1e3, linestyle="none", alpha=0.85, **look)
     _stage_bars(scene, list(arms), stages)
 
     per_request.set(title=words("plot.per_request"), xlabel=words("axis.request"), ylabel=words("axis.time_ms"))

@@ -2,12 +2,12 @@
 
 The stretch is found, not chosen by hand: where a colocated arm has the gap between two tokens that holds the most
 prefill. Arms ran at different times but replayed the same arrivals, so each run's clock starts at its first scheduled
-arrival, and the same stretch of it is shown for every arm.
+arrival, and the same stretch of it is shown for every arm. What is framed and told is each arm's longest wait in it.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,10 +19,12 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from disagg.measure import metrics
-from disagg.measure.plots_scene import GREY, PARTS, WIDTH, Scene, colocated
+from disagg.measure.metrics import lane_of
+from disagg.measure.plots_scene import PARTS, WIDTH, Scene, colocated
 from disagg.record import Record
 
 Floats = NDArray[np.float64]
+_FRAME: dict[str, Any] = {"fill": False, "edgecolor": "#222222", "linestyle": (0, (1, 1)), "linewidth": 1.4}
 SHOWN_STEPS = 60  # a stretch shows about so many decode steps, and four to six times the gap it is about
 
 
@@ -32,18 +34,23 @@ class Gap(NamedTuple):
     start_s: float
     end_s: float
     prefill_s: float
-    worker: str
+
+
+class Wait(NamedTuple):
+    """The longest wait of a request for its next token, and the lane it is seen in. From the run's start."""
+
+    start_s: float
+    end_s: float
+    lane: str
 
 
 class Stretch(NamedTuple):
-    """What the figure shows: a stretch of one repeat at one rate. `gap`, of `arm`, is what to point at, if anything."""
+    """What the figure shows: a stretch of one repeat at one rate."""
 
-    arm: str
     rate: float
     repeat: int
     start_s: float
     end_s: float
-    gap: Gap | None
 
 
 def run_start(run: Sequence[Record]) -> float:
@@ -67,7 +74,7 @@ def worst_gap(run: Sequence[Record]) -> Gap | None:
             place = int(np.argmax(held))
             if held[place] > (worst.prefill_s if worst else 1e-6):
                 start_s, end_s = tokens[place : place + 2] - begin
-                worst = Gap(float(start_s), float(end_s), float(held[place]), worker)
+                worst = Gap(float(start_s), float(end_s), float(held[place]))
     return worst
 
 
@@ -104,12 +111,12 @@ def find_stretch(scene: Scene) -> Stretch | None:
             length = gap.end_s - gap.start_s
             half = min(max(SHOWN_STEPS / 2 * step_s, 2 * length), 3 * length)
             middle = (gap.start_s + gap.end_s) / 2
-            return Stretch(arm, rate, repeat, max(0.0, middle - half), middle + half, gap)
-    (arm, rate, repeat), run = max(runs.items(), key=lambda item: item[0][1])
+            return Stretch(rate, repeat, max(0.0, middle - half), middle + half)
+    (_, rate, repeat), run = max(runs.items(), key=lambda item: item[0][1])
     step_s = metrics.itl(run).p50 or 0.01
     middle = float(np.median([record.scheduled_at for record in run])) - run_start(run)
     half = SHOWN_STEPS / 2 * step_s
-    return Stretch(arm, rate, repeat, max(0.0, middle - half), middle + half, None)
+    return Stretch(rate, repeat, max(0.0, middle - half), middle + half)
 
 
 def _concurrent(scene: Scene) -> Iterator[Record]:
@@ -133,17 +140,17 @@ def draw_timeline(scene: Scene) -> Figure | None:
     grid = figure.subplots(len(lanes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (arm, names) in zip(grid, lanes.items(), strict=True):
         _draw_arm(axes, runs[arm], names, stretch)
-        longest = _longest_gap(runs[arm], stretch)
-        axes.set_title(scene.words("plot.timeline_arm", arm=arm, gap=f"{1e3 * longest:,.0f}"))
+        title = arm
+        if wait := longest_wait(runs[arm], stretch):
+            _frame(axes, names.index(wait.lane), wait)
+            title = scene.words("plot.timeline_arm", arm=arm, gap=f"{1e3 * (wait.end_s - wait.start_s):,.0f}")
+        axes.set_title(title)
         for label in axes.get_yticklabels():
             label.set_color(scene.colours[arm])
-    if stretch.gap:
-        lane = lanes[stretch.arm].index(lane_of(stretch.gap.worker))
-        _point_at(grid[list(lanes).index(stretch.arm)], lane, stretch.gap, scene)
     grid[-1].xaxis.set_major_formatter(lambda at, _: f"{1e3 * (at - stretch.start_s):,.5g}")
     grid[-1].xaxis.set_major_locator(_EvenTicks(stretch.start_s))
     grid[-1].set_xlabel(scene.words("axis.since", at=f"{stretch.start_s:.2f}", rate=f"{stretch.rate:.3g}"))
-    figure.legend(handles=_keys(scene), loc="outside upper left", ncols=3, handlelength=1.6)
+    figure.legend(handles=_keys(scene), loc="outside upper left", ncols=4, handlelength=1.6)
     return figure
 
 
@@ -158,11 +165,6 @@ class _EvenTicks(MaxNLocator):
         return np.asarray(super().tick_values(vmin - self._start_s, vmax - self._start_s)) + self._start_s
 
 
-def lane_of(worker: str) -> str:
-    """The lane a worker's work is drawn in: its name without the epoch, so a restarted worker stays in its lane."""
-    return worker.partition(".")[0]
-
-
 def _lanes(run: Sequence[Record]) -> list[str]:
     """The lanes of all workers that took part, prefill before decode, by number."""
     workers = {span.worker for record in run for span in record.spans}
@@ -172,19 +174,17 @@ def _lanes(run: Sequence[Record]) -> list[str]:
     return sorted(names, key=lambda name: (role.get(name[:1], 3), int(re.sub(r"\D", "", name) or 0), name))
 
 
-def _longest_gap(run: Sequence[Record], stretch: Stretch) -> float:
-    """The longest wait for a next token that lies in the stretch or reaches into it."""
+def longest_wait(run: Sequence[Record], stretch: Stretch) -> Wait | None:
+    """The longest wait for a next token that lies in the stretch or reaches into it. None without one."""
     begin = run_start(run)
-    low, high = begin + stretch.start_s, begin + stretch.end_s
-    return max(
-        (
-            later - earlier
-            for record in run
-            for earlier, later in zip(record.token_at[1:], record.token_at[2:], strict=False)
-            if later > low and earlier < high
-        ),
-        default=0.0,
+    waits = (
+        Wait(earlier - begin, later - begin, lane_of(record.decode_worker))
+        for record in run
+        if record.decode_worker
+        for earlier, later in zip(record.token_at[1:], record.token_at[2:], strict=False)
+        if _inside(earlier - begin, later - begin, stretch)
     )
+    return max(waits, key=lambda wait: wait.end_s - wait.start_s, default=None)
 
 
 def _draw_arm(axes: Axes, run: Sequence[Record], names: list[str], stretch: Stretch) -> None:
@@ -229,19 +229,9 @@ def _inside(start_s: float, end_s: float, stretch: Stretch) -> bool:
     return end_s > stretch.start_s and start_s < stretch.end_s
 
 
-def _point_at(axes: Axes, lane: int, gap: Gap, scene: Scene) -> None:
-    """Frame the gap and say in a few words what it is."""
-    corner, size = (gap.start_s, lane - 0.47), (gap.end_s - gap.start_s, 0.94)
-    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=GREY, linestyle=":", linewidth=1.4, zorder=5))
-    axes.text(
-        (gap.start_s + gap.end_s) / 2,
-        lane + 0.22,
-        scene.words("plot.no_token", ms=f"{1e3 * (gap.end_s - gap.start_s):,.0f}"),
-        ha="center",
-        va="center",
-        fontsize=8.5,
-        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-    )
+def _frame(axes: Axes, lane: int, wait: Wait) -> None:
+    corner, size = (wait.start_s, lane - 0.47), (wait.end_s - wait.start_s, 0.94)
+    axes.add_patch(Rectangle(corner, *size, zorder=5, **_FRAME))
 
 
 def _keys(scene: Scene) -> list[Patch | Line2D]:
@@ -252,4 +242,5 @@ def _keys(scene: Scene) -> list[Patch | Line2D]:
         Patch(color=PARTS["prefill"], label=words("part.prefill")),
         tick,
         Patch(color=PARTS["handoff"], label=words("part.handoff")),
+        Patch(label=words("plot.longest_wait"), **_FRAME),
     ]

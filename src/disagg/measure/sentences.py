@@ -35,6 +35,8 @@ _VERDICT = {
         "worse": "{other} is worse than {base}: {metric} {estimate} ({interval}).",
         "equal": "No difference in {metric} larger than {bound} between {other} and {base}: {estimate} ({interval}).",
         "open": "Not resolved whether {other} or {base} is better: {metric} {estimate} ({interval}); {more}.",
+        "unexplained": "Not explained by the split: {metric} of {other} against {base} {estimate} ({interval}), of "
+        "which the hand-off accounts for {handoff}. The rest is noise of the machine or another cause.",
         "one": "about one more repeat needed",
         "more": "about {n} more repeats needed",
         "hopeless": "no practical number of repeats would settle it",
@@ -46,6 +48,8 @@ _VERDICT = {
         "worse": "{other} 劣于 {base}：{metric} {estimate}（{interval}）。",
         "equal": "{other} 与 {base} 的{metric}差异不超过 {bound}：{estimate}（{interval}）。",
         "open": "尚不能判定 {other} 与 {base} 孰优：{metric} {estimate}（{interval}）；{more}。",
+        "unexplained": "{other} 与 {base} 的差异无法用分离解释：{metric} {estimate}（{interval}），"
+        "其中 KV 传输只占 {handoff}；其余是机器噪声或其他原因。",
         "one": "约需再重复一次",
         "more": "约需再重复 {n} 次",
         "hopeless": "无法用合理的重复次数判定",
@@ -59,9 +63,6 @@ SENTENCES: dict[str, dict[str, str]] = {
         # why
         "one_at_a_time": "One request at a time, the two phases never compete, so splitting them can only add the "
         "hand-off: disaggregation cannot win this case, only lose little.",
-        "one_at_a_time_gain": "Here {other} shows a gain nevertheless; the parts of its latency cannot explain one "
-        "(prefill and decode run alone on both arms), so look at the difference in their means: it is placement of "
-        "threads or noise of this machine, not disaggregation.",
         "published": "The published gain of {gain:.2%} cannot come from disaggregation either: its own parts sum to "
         "{parts:.4f} s, more than the colocated {colocated:.4f} s.",
         "better_colocated": "The better colocated arm here was {arm}; the verdict compares against it.",
@@ -122,8 +123,6 @@ SENTENCES: dict[str, dict[str, str]] = {
     "zh": {
         "one_at_a_time": "逐个处理请求时，两个阶段从不竞争，分离只会增加 KV 传输的开销："
         "此情形下分离部署不可能获胜，最多只是输得不多。",
-        "one_at_a_time_gain": "这里 {other} 仍显示出增益；但其延迟的各部分无法解释它（两臂的预填充与解码都独占运行），"
-        "应归因于线程布置或本机噪声，而非分离部署。",
         "published": "已发表的 {gain:.2%} 增益同样不可能来自分离部署：其各部分之和为 {parts:.4f} s，"
         "高于合并部署的 {colocated:.4f} s。",
         "better_colocated": "此处较好的合并部署是 {arm}；结论以它为基准。",
@@ -195,6 +194,7 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
         interval=interval,
         more=more.format(n=verdict.n_more),
         bound="" if verdict.bound is None else shown(verdict.bound, lang).lstrip("+"),
+        handoff="" if verdict.handoff is None else shown(verdict.handoff, lang),
     )
 
 

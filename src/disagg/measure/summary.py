@@ -12,7 +12,7 @@ from disagg.measure.guards import UNSPLIT_LIMIT, Broken, differences, mismatches
 from disagg.measure.run import RECORDS, SUMMARY, Arm, Run, Settings, read_run
 from disagg.measure.sentences import say, sentence
 from disagg.measure.stats import Interval, paired_difference, paired_ratio
-from disagg.measure.verdict import METRICS, Verdict, judge
+from disagg.measure.verdict import METRICS, Verdict, explain, judge
 from disagg.record import Record, read_records
 from disagg.workload.workload import Note, Shape
 
@@ -141,10 +141,11 @@ def _sequential(records: Sequence[Record], run: Run, broken: Sequence[Broken]) -
         return result | {"relative_difference": None, "verdict": None, "why": []}
     base, other = pair
     interval = _paired("e2e_s", by_arm[base], by_arm[other])
-    verdict = judge("e2e_s", base, other, interval) if interval else None
+    verdict = None
+    if interval:
+        handoff_s, total_s = arms[other]["handoff_s"].mean or 0.0, arms[base]["total_s"].mean
+        verdict = explain(judge("e2e_s", base, other, interval), handoff_s / total_s)
     why = [Note("one_at_a_time")]
-    if verdict is not None and verdict.kind == "better":
-        why.append(Note("one_at_a_time_gain", {"other": other}))
     if result["published"]:
         parts = PUBLISHED["prefill_s"] + PUBLISHED["decode_s"] + PUBLISHED["handoff_s"]
         values = {"gain": PUBLISHED["gain"], "parts": parts, "colocated": PUBLISHED["colocated_s"]}

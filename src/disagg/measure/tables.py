@@ -9,12 +9,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from disagg.measure.metrics import lane_of
 from disagg.measure.sentences import Lang, say, sentence
 from disagg.measure.verdict import Verdict
 
 _WORDS: dict[str, dict[str, str]] = {
     "en": {
-        "sequential": "One request at a time, {requests} requests, {repeats} repeats; means, ms",
+        "sequential": "One request at a time, {requests}, {repeats}; means, ms",
+        "request": "1 request",
+        "requests": "{} requests",
+        "repeat": "1 repeat",
+        "repeats": "{} repeats",
         "total_s": "total",
         "prefill_s": "prefill",
         "decode_s": "decode",
@@ -28,7 +33,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "difference_single": "Relative difference {other} / {base} - 1: {estimate:+.2%} (one repeat: no interval)",
         "difference_published": "; published: {relative_difference:+.2%}",
         "stop": ".",
-        "rate": "{rate:g} requests/s{load}, {repeats} repeats; p50 / p90 / p99, ms",
+        "rate": "{rate:g} requests/s{load}, {repeats}; p50 / p90 / p99, ms",
         "load": " ({load:.0%} of the colocated capacity)",
         "throughput": "throughput, tokens/s",
         "goodput": "goodput: share, requests/s",
@@ -41,7 +46,11 @@ _WORDS: dict[str, dict[str, str]] = {
         "folder": "Results: {folder}",
     },
     "zh": {
-        "sequential": "逐个请求，{requests} 个请求，{repeats} 次重复；均值，ms",
+        "sequential": "逐个请求，{requests}，{repeats}；均值，ms",
+        "request": "1 个请求",
+        "requests": "{} 个请求",
+        "repeat": "1 次重复",
+        "repeats": "{} 次重复",
         "total_s": "总延迟",
         "prefill_s": "预填充",
         "decode_s": "解码",
@@ -55,7 +64,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "difference_single": "相对差异 {other} / {base} - 1：{estimate:+.2%}（仅一次重复，无区间）",
         "difference_published": "；已发表：{relative_difference:+.2%}",
         "stop": "。",
-        "rate": "{rate:g} 请求/s{load}，{repeats} 次重复；p50 / p90 / p99，ms",
+        "rate": "{rate:g} 请求/s{load}，{repeats}；p50 / p90 / p99，ms",
         "load": "（合并部署容量的 {load:.0%}）",
         "throughput": "吞吐量，token/s",
         "goodput": "有效吞吐：占比，请求/s",
@@ -94,7 +103,8 @@ def show(summary: Mapping[str, Any], folder: Path, console: Console, lang: Lang)
 
 def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console, lang: Lang) -> None:
     words, arms, published = _WORDS[lang], part["arms"], part["published"]
-    title = words["sequential"].format(requests=part["requests"], repeats=part["repeats"])
+    requests, repeats = _count("request", part["requests"], words), _count("repeat", part["repeats"], words)
+    title = words["sequential"].format(requests=requests, repeats=repeats)
     kinds = ("colocated", "disaggregated") if published else ()
     table = _table(title, [*arms, *(words["published"].format(kind=words[kind]) for kind in kinds)])
     table.add_row(
@@ -125,7 +135,7 @@ def _sequential(part: Mapping[str, Any], whole: Sequence[Any], console: Console,
 def _concurrent(part: Mapping[str, Any], whole: Sequence[Any], console: Console, lang: Lang) -> None:
     words, arms = _WORDS[lang], part["arms"]
     load = words["load"].format(load=part["load"]) if part["load"] else ""
-    title = words["rate"].format(rate=part["rate"], load=load, repeats=part["repeats"])
+    title = words["rate"].format(rate=part["rate"], load=load, repeats=_count("repeat", part["repeats"], words))
     table = _table(title, list(arms))
     for name, label in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
         table.add_row(label, *(_percentiles(arm[name]) for arm in arms.values()))
@@ -167,6 +177,11 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
+def _count(name: str, number: int, words: Mapping[str, str]) -> str:
+    """How many there are, one in the singular."""
+    return words[name if number == 1 else f"{name}s"].format(number)
+
+
 def _ms(seconds: float | None) -> str:
     """Milliseconds, three or more digits."""
     if seconds is None:
@@ -186,7 +201,8 @@ def _share(value: float | None) -> str:
 def _busy(utilisation: Mapping[str, Mapping[str, float]]) -> str:
     """Each worker's prefill + decode share of the time."""
     return "\n".join(
-        f"{name} {100 * each['prefill']:.0f} + {100 * each['decode']:.0f} %" for name, each in utilisation.items()
+        f"{lane_of(name)} {100 * each['prefill']:.0f} + {100 * each['decode']:.0f} %"
+        for name, each in utilisation.items()
     )
 
 

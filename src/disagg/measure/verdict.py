@@ -1,4 +1,4 @@
-"""What the measurement allows us to say: one of four things, as data; `sentences` puts it into words."""
+"""What the measurement allows us to say: one of five things, as data; `sentences` puts it into words."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from disagg.measure.stats import Interval, repeats_needed
 
 MARGIN = 0.05  # differences below 5 % (or 5 points of a share) are of no practical interest
 
-Kind = Literal["better", "worse", "equal", "open"]
+Kind = Literal["better", "worse", "equal", "open", "unexplained"]
 # metric -> whether more of it is better
 METRICS = {"e2e_s": False, "ttft_s": False, "tpot_s": False, "itl_p99_s": False, "throughput": True, "goodput": True}
 
@@ -17,7 +17,8 @@ class Verdict(msgspec.Struct, frozen=True):
     """Whether `other` does better than `base` by one metric.
 
     kind: better or worse (the interval leaves out zero); equal (it holds zero and lies within `margin`: no difference
-    larger than `bound`); open (not resolved; about `n_more` repeats would do, None if no useful number would).
+    larger than `bound`); open (not resolved; about `n_more` repeats would do, None if no useful number would);
+    unexplained (see `explain`; `handoff` is what the hand-off accounts for, in the unit of `estimate`).
     estimate, low, high: relative difference other / base - 1, or the difference of the shares for goodput.
     """
 
@@ -32,6 +33,7 @@ class Verdict(msgspec.Struct, frozen=True):
     margin: float
     bound: float | None = None
     n_more: int | None = None
+    handoff: float | None = None
 
 
 def judge(metric: str, base: str, other: str, interval: Interval, margin: float = MARGIN) -> Verdict:
@@ -50,3 +52,14 @@ def judge(metric: str, base: str, other: str, interval: Interval, margin: float 
     return Verdict(
         kind, metric, base, other, interval.estimate, low, high, interval.num, margin, bound=bound, n_more=n_more
     )
+
+
+def explain(verdict: Verdict, handoff: float) -> Verdict:
+    """The verdict on latency one request at a time, where splitting the phases can add the hand-off and nothing else.
+
+    `handoff` is the measured hand-off relative to the latency of `base`. A resolved difference of which it is less than
+    half, a gain in any case, does not come from the split: it may not be told as better or worse.
+    """
+    if verdict.kind not in ("better", "worse") or 2 * handoff >= verdict.estimate > 0:
+        return verdict
+    return msgspec.structs.replace(verdict, kind="unexplained", handoff=handoff)

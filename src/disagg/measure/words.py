@@ -31,8 +31,8 @@ EN: dict[str, str] = {
     "plot.slo": "SLO",
     "plot.first_token": "Until the first token",
     "plot.second_token": "Added before the second",
-    "plot.timeline_arm": "{arm}: longest gap between two tokens here is {gap} ms",
-    "plot.no_token": "no token for {ms} ms",
+    "plot.timeline_arm": "{arm}: a request waits up to {gap} ms between two of its tokens",
+    "plot.longest_wait": "longest wait for a next token",
     "plot.token": "decode: a token reaches the client",
     # axes
     "axis.request": "request",
@@ -60,16 +60,19 @@ EN: dict[str, str] = {
     "so the hand-off is the only difference to expect; more than that is noise of the machine.",
     "caption.timeline": "The same stretch of the same run on every arm. Upper half of a lane: prefill steps and "
     "hand-off copies; lower half: a tick for each token. On a colocated worker the ticks stop while it prefills for "
-    "someone else; on a decode worker nothing stops them. An empty stretch is idle.",
+    "someone else; on a decode worker nothing stops them. Framed: the longest wait of one request between two tokens, "
+    "from its second token on. A wider hole without a frame lies between requests: one had ended, the next "
+    "had not got its second token.",
     "caption.distributions": "Left: the further left a curve, the sooner first tokens come. Right: the share of gaps "
     "between tokens that last at least x, tails enlarged; interference is a shoulder far to the right.",
-    "caption.against_rate": "Mean over the repeats; bars are 95 % intervals. Solid: median; dashed: 99th percentile.",
+    "caption.against_rate": "Mean over the repeats; bars are 95 % intervals. Circles: median; squares: 99th "
+    "percentile.",
     "caption.waits": "Mean time by part. Left: the parts of the time to first token. Right: what the hand-off adds "
     "before the second token; mind its own scale. A colocated request has no hand-off.",
     # report: headings
     "report.title": "Colocated or disaggregated?",
     "report.summary": "Model {model}, budget {budget}, arms {arms}",
-    "report.when": "Started {started}, took {took} s",
+    "report.when": "Started {started}, took {took} s without the start of the program and the drawing of this report",
     "report.verdict": "Verdict",
     "report.void_why": "This run breaks a guard, so no verdict may be drawn from what it touches:",
     "report.void_part": "Void for this part:",
@@ -143,7 +146,8 @@ EN: dict[str, str] = {
     "method.metrics": "TTFT: scheduled arrival to first token. TPOT: mean gap after the first token. ITL: every gap. "
     "E2E: scheduled arrival to last token. Failed requests are left out of latencies and are misses in goodput.",
     "method.verdict": "A verdict is better or worse when its interval leaves out zero, no difference when the interval "
-    "lies within ±5 %, and not resolved otherwise.",
+    "lies within ±5 %, and not resolved otherwise. One at a time, a difference of which the hand-off is less than "
+    "half is unexplained, not better or worse.",
     "method.limits": "One at a time, every repeat asks the same requests: that interval covers the machine's noise, "
     "not other prompts. The rates of a repeat share their draws, so verdicts at several rates are not independent.",
 }
@@ -172,8 +176,8 @@ ZH: dict[str, str] = {
     "plot.slo": "SLO",
     "plot.first_token": "首 token 之前",
     "plot.second_token": "第二个 token 之前另加",
-    "plot.timeline_arm": "{arm}：此时段内最长的 token 间隔为 {gap} ms",
-    "plot.no_token": "{ms} ms 没有 token",
+    "plot.timeline_arm": "{arm}：同一请求相邻两个 token 之间最多等待 {gap} ms",
+    "plot.longest_wait": "等待下一个 token 的最长一次",
     "plot.token": "解码：一个 token 到达客户端",
     "axis.request": "请求",
     "axis.time_ms": "耗时，ms",
@@ -199,15 +203,16 @@ ZH: dict[str, str] = {
     "因此预期的差别只有 KV 传输；超出部分是机器噪声。",
     "caption.timeline": "各部署在同一次运行、同一时段内的活动。每条泳道的上半部分是预填充步与 KV 传输，"
     "下半部分每一道竖线是一个 token。合并部署的 worker 为其他请求做预填充时，竖线中断；解码 worker 则不会被打断。"
-    "空白处为空闲。",
+    "虚线框：单个请求从第二个 token 起，相邻两个 token 之间最长的等待。没有虚线框的更宽空白位于请求之间："
+    "前一个已结束，后一个还没有第二个 token。",
     "caption.distributions": "左：曲线越靠左，首 token 越快。右：不短于 x 的 token 间隔所占比例，"
     "对数坐标放大了尾部；干扰表现为远在右侧的肩部。",
-    "caption.against_rate": "各次重复的平均值，误差棒为 95 % 置信区间。实线为中位数，虚线为 p99。",
+    "caption.against_rate": "各次重复的平均值，误差棒为 95 % 置信区间。圆点为中位数，方块为 p99。",
     "caption.waits": "各部分的平均耗时。左：首 token 延迟的组成。右：KV 传输在第二个 token 之前增加的耗时"
     "（注意坐标尺度不同）。合并部署没有传输。",
     "report.title": "合并部署还是 PD 分离？",
     "report.summary": "模型 {model}，预算 {budget}，部署 {arms}",
-    "report.when": "开始于 {started}，用时 {took} s",
+    "report.when": "开始于 {started}，用时 {took} s，不含程序启动和本报告的绘制",
     "report.verdict": "结论",
     "report.void_why": "本次运行违反了下列检查项，受影响的部分不能得出结论：",
     "report.void_part": "此部分无效：",
@@ -275,7 +280,8 @@ ZH: dict[str, str] = {
     "置信区间是对重复而非对请求的 t 区间，因为同一次运行中的请求并不独立。",
     "method.metrics": "TTFT：从计划到达到首个 token。TPOT：首 token 之后的平均间隔。ITL：每一个 token 间隔。"
     "E2E：从计划到达到最后一个 token。失败的请求不计入延迟，但在有效吞吐中计为未达标。",
-    "method.verdict": "区间不含零时判定为更好或更差；区间落在 ±5 % 之内时为无差异；其余为未判定。",
+    "method.verdict": "区间不含零时判定为更好或更差；区间落在 ±5 % 之内时为无差异；其余为未判定。"
+    "逐个处理请求时，若 KV 传输不足差异的一半，则判定为无法解释，而非更好或更差。",
     "method.limits": "逐个请求时，每次重复使用相同的请求：该区间只反映机器的波动，不反映提示的差异。"
     "同一次重复的各到达率共用随机抽取，因此多个到达率下的判定并不独立。",
 }
