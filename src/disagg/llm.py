@@ -23,7 +23,7 @@ from disagg.errors import DisaggError, InputError, RequestError
 from disagg.model.tokenizer import Detokenizer, NoTokenizer
 from disagg.record import Record
 from disagg.request import FinishReason, SamplingParams
-from disagg.text import TextStream
+from disagg.text import Detokenizes, Numbers, TextStream
 
 Prompt = str | Sequence[int]
 _POLL_S = 0.5
@@ -32,7 +32,7 @@ _MOST_LIVE = 4096  # requests sent at once; the rest of a very long list follows
 
 @dataclass(slots=True)
 class Completion:
-    """What came of one prompt. `text` is empty for a model without a tokenizer (`seed`)."""
+    """What came of one prompt. `text` of a model without a tokenizer (`seed`) is its ids, each followed by a space."""
 
     prompt: Prompt
     token_ids: list[int] = field(default_factory=list)
@@ -167,9 +167,11 @@ class LLM:
         return text
 
     def _text_stream(self, prompt: list[int], params: SamplingParams) -> TextStream:
-        if params.stop and isinstance(self.tokenizer, NoTokenizer):
+        wordless = isinstance(self.tokenizer, NoTokenizer)
+        if params.stop and wordless:
             raise RequestError("Stop strings need a tokenizer and this model has none: use stop_token_ids.")
-        return TextStream(Detokenizer(self.tokenizer, prompt), params.stop)
+        detokenizer: Detokenizes = Numbers() if wordless else Detokenizer(self.tokenizer, prompt)
+        return TextStream(detokenizer, params.stop)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

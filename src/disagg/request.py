@@ -39,9 +39,10 @@ class FinishReason(enum.StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen. Field names are the field's (OpenAI, vLLM). Raises RequestError on impossible values.
 
-    `temperature` 0 is greedy. `top_k` 0 keeps all. `seed` makes a request's tokens a function of seed and prompt
-    alone; without one the front end draws one. `logprobs` n returns the chosen token's log-probability and the n most
-    likely ones, both of the model's own distribution (before temperature and filters).
+    `temperature` 0 is greedy. `top_k` 0 keeps all; so does -1, as in vLLM, which becomes 0. `seed` makes a
+    request's tokens a function of seed and prompt alone; without one the front end draws one. `logprobs` n returns the
+    chosen token's log-probability and the n most likely ones, both of the model's own distribution (before temperature
+    and filters).
     """
 
     temperature: float = 1.0
@@ -60,9 +61,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.top_k == -1:
+            msgspec.structs.force_setattr(self, "top_k", 0)
         rules = (
             (self.temperature == 0 or 1e-5 <= self.temperature < 1e5, "temperature must be 0, or from 1e-5 to 1e5"),
-            (0 <= self.top_k < 2**31, "top_k must lie between 0 (which keeps all tokens) and 2**31 - 1"),
+            (0 <= self.top_k < 2**31, "top_k must lie between 1 and 2**31 - 1, or be 0 or -1, which keep all tokens"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must lie between 0 and 1"),
             (0.01 <= self.repetition_penalty <= 100, "repetition_penalty must lie between 0.01 and 100"),

@@ -16,6 +16,23 @@ class Detokenizes(Protocol):
         ...
 
 
+def numbers(ids: Sequence[int]) -> str:
+    """Text of a model without a tokenizer: its token ids, each followed by a space."""
+    return "".join(f"{token} " for token in ids)
+
+
+class Numbers:
+    """The same, piece by piece."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """See Detokenizes."""
+        return numbers(ids)
+
+    def flush(self) -> str:
+        """See Detokenizes."""
+        return ""
+
+
 class TextStream:
     """One request's text. `push` returns what may be shown; after a stop string `stopped` is True and nothing follows.
 

@@ -107,6 +107,12 @@ def test_more_than_a_request_may_hold(path, body, words):
         ("/tokenize", {"prompt": "a"}, "prompt", "no tokenizer"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", "no tokenizer"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "messages", "no tokenizer"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}]},
+            "messages",
+            "ids to /v1/completions",
+        ),
         ("/v1/chat/completions", {"messages": []}, "messages", "empty"),
         ("/detokenize", {"tokens": ["a"]}, "tokens", "list of token ids"),
         ("/detokenize", {"tokens": 10**30}, "tokens", "list of token ids"),

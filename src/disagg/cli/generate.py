@@ -1,12 +1,13 @@
 """`disagg generate`: one prompt, streamed."""
 
 import json
+import os
 from typing import Any
 
 import click
 
 from disagg.cli import options
-from disagg.config import Dtype, EngineSpec
+from disagg.config import Budget, Deployment, Dtype, EngineSpec
 from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
 
@@ -53,7 +54,7 @@ Examples:
 @click.option("--max-tokens", default=64, show_default=True, help="Length of the output, in tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens of this total probability.")
-@click.option("--top-k", default=0, show_default=True, help="Keep this many of the likeliest tokens; 0 keeps all.")
+@click.option("--top-k", default=0, show_default=True, help="Keep this many of the likeliest; 0 or -1 keeps all.")
 @click.option("--seed", type=int, help="The same seed and prompt give the same tokens.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
@@ -79,14 +80,16 @@ def generate(
     if chat and ids is not None:
         raise InputError("--chat puts a text into the chat template: give a text, or leave --chat out.")
     params = SamplingParams(stop=stop, **sampling)
+    engine = {"random_weights": random_weights, "dtype": dtype, "max_len": max_len, "prefix_caching": prefix_caching}
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    placed = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
+    EngineSpec.on(placed.budget.kind, model=model, **engine)  # raises what LLM would, before anything is loaded
     if not as_json:
         click.echo(f"Loading {model} ...", err=True)
 
     from disagg.llm import LLM  # imports torch: slow
-    from disagg.model.tokenizer import NoTokenizer
 
     _check(asked, params, model, max_len)
-    engine = {"random_weights": random_weights, "dtype": dtype, "max_len": max_len, "prefix_caching": prefix_caching}
     with LLM(model, deploy, budget, policy, **engine) as llm:
         if chat:
             asked = llm.chat([{"role": "user", "content": str(asked)}])
@@ -104,7 +107,6 @@ def generate(
             }
             click.echo(json.dumps(answer))
             return
-        wordless = isinstance(llm.tokenizer, NoTokenizer)
         for delta in llm.stream(asked, params):
-            click.echo("".join(f"{token} " for token in delta.token_ids) if wordless else delta.text, nl=False)
+            click.echo(delta.text, nl=False)
         click.echo()

@@ -27,6 +27,12 @@ INTERRUPTED = 130
 class _Lazy(click.Group):
     """A group that imports a subcommand when it is asked for, so that `--help` and errors come at once."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:  # click would make an error of the whole help
+            click.echo(self.get_help(ctx), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -84,7 +90,9 @@ def run(args: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except click.ClickException as error:
         place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "disagg"
-        click.echo(f"{place}: {error.format_message()} See {place} --help.", err=True)
+        said = error.format_message()
+        said += "" if said.endswith((".", "?", "!")) else "."  # click leaves some sentences open
+        click.echo(f"{place}: {said} See {place} --help.", err=True)
         return error.exit_code
     except DisaggError as error:
         click.echo(f"disagg: {error}", err=True)

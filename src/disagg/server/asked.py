@@ -99,8 +99,6 @@ class Generate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             message = f"stop_token_ids has {len(ids)} ids: give at most {MOST_STOP_TOKENS}."
             raise Problem(400, message, param="stop_token_ids")
         given = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
-        if self.top_k == -1:  # vLLM's way to say so
-            given["top_k"] = 0
         try:
             return SamplingParams(
                 max_tokens=max_tokens, logprobs=logprobs, stop=stop, stop_token_ids=tuple(ids), **given

@@ -1,6 +1,6 @@
 """One choice of an exchange, in the deployment's thread: its tokens become text, and a stop string ends it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from disagg.cluster.ledger import Update
@@ -8,25 +8,12 @@ from disagg.model.tokenizer import Detokenizer, NoTokenizer, Tokenizer
 from disagg.record import Record
 from disagg.request import FinishReason
 from disagg.server.exchange import Ask, Exchange, Piece
-from disagg.text import Detokenizes, TextStream
-
-
-class _Numbers:
-    """Text of a model without a tokenizer: its token ids, each followed by a space."""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """See Detokenizes."""
-        return "".join(f"{token} " for token in ids)
-
-    def flush(self) -> str:
-        """See Detokenizes."""
-        return ""
+from disagg.text import Detokenizes, Numbers, TextStream
 
 
 def text_of(tokenizer: Tokenizer, ask: Ask) -> TextStream:
     """Where the tokens of a choice become text."""
-    numbers = isinstance(tokenizer, NoTokenizer)
-    detokenizer: Detokenizes = _Numbers() if numbers else Detokenizer(tokenizer, ask.prompt)
+    detokenizer: Detokenizes = Numbers() if isinstance(tokenizer, NoTokenizer) else Detokenizer(tokenizer, ask.prompt)
     return TextStream(detokenizer, ask.params.stop)
 
 

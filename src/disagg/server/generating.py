@@ -49,7 +49,10 @@ async def completions(request: Request) -> Reply:
     max_tokens = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
     params = [asked.sampling(max_tokens, asked.logprobs)] * len(prompts)
     async with in_time(request, arrival):
-        num_chars = sum(len(one) for one in prompts if isinstance(one, str))
+        texts = [one for one in prompts if isinstance(one, str)]
+        for one in texts:  # all before any: none is tokenized in vain
+            state.check_text(one, "prompt")
+        num_chars = sum(map(len, texts))
         encoded = [await _ids(state, one, num_chars) for one in prompts]
     return _reply(request, asked, encoded, params, arrival, chat=False)
 
@@ -61,7 +64,9 @@ async def chat_completions(request: Request) -> Reply:
     state.check_model(asked.model)
     _check_choices(state, asked.n, 1)
     async with in_time(request, arrival):
-        tokens = await state.texts.encode_chat(asked.messages)
+        text = await state.texts.render(asked.messages)
+        state.check_text(text, "messages")
+        tokens = await state.texts.encode_chat(text)
     state.check_len(tokens.num, "messages")
     prompt = tokens.ids()
     max_tokens = asked.most_tokens()

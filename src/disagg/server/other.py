@@ -36,7 +36,7 @@ async def tokenize(request: Request) -> Response:
         if asked.prompt is not None:
             tokens = await state.texts.encode(asked.prompt)
         else:
-            tokens = await state.texts.encode_chat(asked.messages or [])
+            tokens = await state.texts.encode_chat(await state.texts.render(asked.messages or []))
     return answer({"count": tokens.num, "max_model_len": state.most_tokens(), "tokens": msgspec.Raw(tokens.json)})
 
 

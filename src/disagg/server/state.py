@@ -73,12 +73,21 @@ class State:
 
     def check_len(self, count: int, param: str) -> None:
         """Raise Problem 400 when a prompt is longer than this server takes."""
-        most = self.most_tokens() - 1
-        if self.settings.max_prompt_len is not None:
-            most = min(most, self.settings.max_prompt_len)
+        most = self._most_prompt()
         if not 1 <= count <= most:
             message = f"{param} has {count} tokens and this server takes 1 to {most}."
             raise Problem(400, message, param=param, code="context_length_exceeded" if count else None)
+
+    def check_text(self, text: str, param: str) -> None:
+        """The same of a text that nobody has tokenized yet: Problem 400 when it cannot possibly fit."""
+        fewest, most = self.texts.fewest(text), self._most_prompt()
+        if fewest > most:
+            message = f"{param} has at least {fewest} tokens and this server takes 1 to {most}."
+            raise Problem(400, message, param=param, code="context_length_exceeded")
+
+    def _most_prompt(self) -> int:
+        most = self.most_tokens() - 1
+        return most if self.settings.max_prompt_len is None else min(most, self.settings.max_prompt_len)
 
     def model(self) -> dict[str, Any]:
         """The served model as the OpenAI API lists it; `max_model_len` as vLLM adds it."""

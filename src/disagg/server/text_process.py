@@ -23,6 +23,7 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 import msgspec
 
 from disagg.errors import DisaggError, RequestError
+from disagg.server.turns import Turns
 
 _LENGTH = struct.Struct("<I")
 _NICENESS = 10
@@ -55,7 +56,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TextProcess:
-    """The server's side. `command`: a module and its arguments. `load`: what it loads. One job at a time, in order.
+    """The server's side. `command`: a module and its arguments. `load`: what it loads. One job at a time: see Turns.
 
     Each is given `limit_s` seconds, then the process is killed, made anew for the next, and `too_long` is what is wrong
     with the request.
@@ -66,12 +67,12 @@ class TextProcess:
         self._load = Job("load", load)
         self._limit_s = limit_s
         self._too_long = too_long
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self, job: Job) -> Done:
         """Do a job. Raises RequestError when it is at fault, DisaggError when the process dies of it, twice."""
-        async with self._turn:
+        async with self._turns.turn(len(job.text)):
             for _ in range(2):
                 try:
                     await self._start()
@@ -94,7 +95,7 @@ class TextProcess:
 
     async def start(self) -> None:
         """Have the process ready before the first job. Raises DisaggError."""
-        async with self._turn:
+        async with self._turns.turn(0):
             try:
                 await self._start()
             except (OSError, asyncio.IncompleteReadError):
@@ -168,7 +169,7 @@ def work(tokenizer: Any, job: Job, vocab_size: int) -> Done:
         ids = read_ids(job.text.encode(), vocab_size)
     except RequestError as error:
         return Done(error=str(error))
-    return Done(msgspec.json.encode(tokenizer.decode(ids, skip_special_tokens=True)))
+    return Done(msgspec.json.encode(tokenizer.decode(ids, skip_special_tokens=False)))
 
 
 def read_ids(json: bytes, vocab_size: int) -> list[int]:

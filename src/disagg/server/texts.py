@@ -10,9 +10,12 @@ import msgspec
 
 from disagg.errors import RequestError
 from disagg.model.load import Info
+from disagg.model.tokenizer import NoTokenizer
 from disagg.server.asked import MOST_MESSAGES, Message
+from disagg.server.fewest import Measure, Portable
 from disagg.server.problems import Problem
 from disagg.server.text_process import Done, Job, TextProcess, read_ids
+from disagg.text import numbers
 
 SHORT_LEN = 2_000  # characters; encoding more would hold up the event loop for over a millisecond
 CHAT_S = 5.0  # that a chat template may take
@@ -39,7 +42,11 @@ class Texts:
         self._tokenizer = info.tokenizer
         self._vocab_size = info.spec.vocab_size
         self._process: TextProcess | None = None
+        self._measure: Measure | None = None
+        self._special: frozenset[int] = frozenset()
         if portable := info.tokenizer.portable():
+            known = msgspec.json.decode(portable, type=Portable)
+            self._measure, self._special = known.measure(), known.special_ids()
             self._process = TextProcess(("disagg.server.text_process", str(self._vocab_size)), portable)
         self._chats: TextProcess | None = None
         with contextlib.suppress(RequestError):  # there is no template
@@ -54,6 +61,10 @@ class Texts:
             with contextlib.suppress(RequestError):  # the template is compiled, that is all
                 await self._chats.run(Job("render", "[]"))
 
+    def fewest(self, text: str) -> int:
+        """How many tokens the text has at least, without making them; 0 where that cannot be told."""
+        return 0 if self._measure is None else self._measure.fewest(text)
+
     async def encode(self, text: str, num_chars: int = 0) -> Tokens:
         """Token ids of a plain text. `num_chars`: of all texts of its request. Raises Problem 400 of the prompt."""
         with _about("prompt"):
@@ -63,10 +74,14 @@ class Texts:
                 return _tokens(await self._in_thread(self._tokenizer.encode, text))
             return _of(await self._process.run(Job("encode", text)))
 
-    async def encode_chat(self, messages: Sequence[Message]) -> Tokens:
-        """Token ids of a conversation. Raises Problem 400 of the messages."""
+    async def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation. Raises Problem 400 of the messages."""
         with _about("messages"):
-            text = await self._rendered(messages)
+            return await self._rendered(messages)
+
+    async def encode_chat(self, text: str) -> Tokens:
+        """Token ids of a conversation's text. Raises Problem 400 of the messages."""
+        with _about("messages"):
             if len(text) <= SHORT_LEN:
                 return _tokens(self._tokenizer.encode_chat(text))
             if self._process is None:
@@ -78,14 +93,16 @@ class Texts:
             raise RequestError("messages must not be empty.")
         if len(messages) > MOST_MESSAGES:
             raise RequestError(f"messages has {len(messages)} entries: give at most {MOST_MESSAGES}.")
+        if isinstance(self._tokenizer, NoTokenizer):
+            raise RequestError("This model has no tokenizer: send a list of token ids to /v1/completions instead.")
         if self._chats is None:
             return self._tokenizer.template()  # raises
         plain = msgspec.json.encode([message.plain() for message in messages]).decode()
         return msgspec.json.decode((await self._chats.run(Job("render", plain))).json, type=str)
 
     async def decode(self, ids: bytes) -> bytes:
-        """The text of token ids, both as JSON. Raises RequestError."""
-        if len(ids) <= SHORT_LEN:
+        """The text of token ids, both as JSON, with special tokens. Raises RequestError."""
+        if len(ids) <= SHORT_LEN and self._special.isdisjoint(read_ids(ids, self._vocab_size)):
             return self._decode(ids)
         if self._process is None:
             return await self._in_thread(self._decode, ids)
@@ -99,7 +116,9 @@ class Texts:
                 await process.close()
 
     def _decode(self, ids: bytes) -> bytes:
-        return msgspec.json.encode(self._tokenizer.decode(read_ids(ids, self._vocab_size)))
+        known = read_ids(ids, self._vocab_size)
+        wordless = isinstance(self._tokenizer, NoTokenizer)
+        return msgspec.json.encode(numbers(known) if wordless else self._tokenizer.decode(known))
 
     async def _in_thread(self, function: Callable[[_Asked], _Answer], asked: _Asked) -> _Answer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, asked)
