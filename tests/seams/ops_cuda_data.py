@@ -17,6 +17,7 @@ from disagg.model.ops import LayerWeights, Rope, Step
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of one operation
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 

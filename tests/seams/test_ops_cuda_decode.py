@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops_cuda_data import DEVICE, assert_close, draw, on_device
+from ops_cuda_data import BOUNDS, DEVICE, assert_close, draw, on_device
 from ops_data import make_step
 
 from disagg.model.decoder import rope_tables
@@ -17,7 +17,6 @@ from disagg.model.ops_cuda_decode import DecodeTile, Fused, attend_decodes, deco
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 REFERENCE = ReferenceOps()
-BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 KINDS = [  # each is a kernel to compile
     ((32, 8), 16, torch.bfloat16), ((32, 8), 32, torch.bfloat16), ((32, 8), 64, torch.float16),
     ((8, 8), 16, torch.bfloat16), ((28, 4), 16, torch.float16), ((16, 1), 16, torch.bfloat16),

@@ -1,7 +1,6 @@
 """`disagg chaos`: the options and the progress bar around `measure.chaos`."""
 
 import json
-import os
 from typing import TYPE_CHECKING
 
 import click
@@ -10,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from disagg.cli import options
 from disagg.clock import WallClock
-from disagg.config import Budget, Deployment
 
 if TYPE_CHECKING:
     from disagg.measure.chaos import Outcome
@@ -52,8 +51,7 @@ def chaos(
     Workers get little memory, short leases and checksums on every page. Exit code 1 unless nothing hung, no page
     leaked and every token is that of a run without faults.
     """
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
+    deployment = options.placed(deploy, budget)
 
     from disagg.measure import chaos as runs  # imports torch: slow
 

@@ -1,7 +1,6 @@
 """`disagg check`: is this deployment healthy on this machine? Devices, transport, canary, pages."""
 
 import json
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +57,7 @@ def check(
         return
     if key_source is not None:
         raise InputError("--api-key is for a running server: give --url too, or leave it out.")
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
+    deployment = options.placed(deploy, budget)
     engine = EngineSpec.on(deployment.budget.kind, model=model, random_weights=random_weights, dtype=dtype)
     with Console(stderr=True).status(f"{deploy}: starting") as status:
         found = _examine(deployment, engine, status.update)

@@ -1,13 +1,12 @@
 """`disagg generate`: one prompt, streamed."""
 
 import json
-import os
 from typing import Any
 
 import click
 
 from disagg.cli import options
-from disagg.config import Budget, Deployment, Dtype, EngineSpec
+from disagg.config import Dtype, EngineSpec
 from disagg.errors import DisaggError, InputError
 from disagg.request import SamplingParams
 
@@ -81,9 +80,8 @@ def generate(
         raise InputError("--chat puts a text into the chat template: give a text, or leave --chat out.")
     params = SamplingParams(stop=stop, **sampling)
     engine = {"random_weights": random_weights, "dtype": dtype, "max_len": max_len, "prefix_caching": prefix_caching}
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    placed = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
-    EngineSpec.on(placed.budget.kind, model=model, **engine)  # raises what LLM would, before anything is loaded
+    kind = options.placed(deploy, budget).budget.kind
+    EngineSpec.on(kind, model=model, **engine)  # raises what LLM would, before anything is loaded
     if not as_json:
         click.echo(f"Loading {model} ...", err=True)
 

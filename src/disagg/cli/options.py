@@ -1,12 +1,13 @@
 """Options that several commands share: which model, on which deployment."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from disagg.cluster.policies import DEFAULT, POLICIES
-from disagg.config import DTYPES
+from disagg.config import DTYPES, Budget, Deployment
 
 
 class WholeNumber(click.IntRange):
@@ -19,6 +20,12 @@ class WholeNumber(click.IntRange):
         except click.BadParameter:
             bounds = f"from {self.min}" + ("" if self.max is None else f" to {self.max}")
             self.fail(f"{value} is not a whole number {bounds}.", param, ctx)
+
+
+def placed(deploy: str, budget: str | None) -> Deployment:
+    """What --deploy and --budget say; without a budget on all cores of this process. Raises InputError."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
 
 
 def deployment(*, model: str, deploy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,7 +1,6 @@
 """`disagg serve`: the options around `server.run`."""
 
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 from disagg.cli import keys as api_keys
 from disagg.cli import options
 from disagg.cli.options import WholeNumber
-from disagg.config import Budget, Deployment, EngineSpec
+from disagg.config import Deployment, EngineSpec
 from disagg.errors import InputError
 from disagg.server.listening import listen
 
@@ -89,8 +88,7 @@ def serve(
         raise InputError("--served-model-name is empty: give a name, or leave it out.")
     if records is not None:
         _check_appends(records)
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    deployment = Deployment.parse(deploy, Budget.parse(budget or f"cpu:{len(cores)}", cores))
+    deployment = options.placed(deploy, budget)
     engine = _engine(deployment, model, rest)
     listener = listen(host, port)
 

@@ -5,14 +5,14 @@ replay leaves is valid until the next one. Steps without a graph are padded, too
 nothing may be left to compile when requests are served.
 """
 
-import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from disagg.garbage import no_collection
 
 _In = TypeVar("_In")
 # Rows of steps with chunks. More keep a GPU busy for longer than its host takes to launch them kernel by kernel, if the
@@ -99,7 +99,8 @@ class Graphs(Generic[_In]):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # a graph of an earlier runner that is collected amid a capture would break it off
+        with no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(inputs)
         self._captured[shape] = _Captured(graph, _borrowed(logits))
 
@@ -110,18 +111,6 @@ class Graphs(Generic[_In]):
             return self._forward(inputs)
         captured.graph.replay()
         return captured.logits
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """A graph of an earlier runner that the collector frees during a capture would break it off."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 class _Memory:

@@ -8,14 +8,13 @@ An unknown field is refused with the nearest known one.
 """
 
 import difflib
-import gc
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 
+from disagg.garbage import no_collection
 from disagg.server.asked import CHOICES, NO_PROMPT, NOTHING, CompletionRequest, RawPrompt
 from disagg.server.problems import Problem
 
@@ -41,7 +40,7 @@ def decode(kind: type[_Asked], body: bytes, look: Callable[[RawPrompt], None] = 
     try:
         if len(body) > _LARGE and num_strings(body) > MOST_STRINGS:
             raise Problem(400, f"The body holds more than {MOST_STRINGS} strings, which is the most this server takes.")
-        with _no_collection():
+        with no_collection():  # which would go through all objects again and again while many are made
             fields = msgspec.json.decode(body, type=_Fields)
             _check_fields(kind, fields, len(body))
             if kind is CompletionRequest and "prompt" in fields:
@@ -86,18 +85,6 @@ def _check_mixture(prompt: bytes) -> None:
             msgspec.json.decode(prompt, type=list[str])  # ends at the first that is no text
         except msgspec.ValidationError:
             raise Problem(400, NO_PROMPT, param="prompt") from None
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No search for garbage, which would go through all objects again and again while many are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _without_nothing(fields: _Fields) -> bytes:
